@@ -1,0 +1,1 @@
+"""The layer between LLM inference engines and the hardware."""

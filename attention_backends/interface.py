@@ -1,0 +1,181 @@
+"""What an attention backend declares, and what it does once it is built.
+
+The first half (:class:`Capabilities`, :class:`AttentionBackend`) is data and policy and never imports torch: it
+serves ``plan`` on machines without the device. The second half (:class:`AttentionImpl`) is what
+:meth:`AttentionBackend.build` returns on the device.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from ..cache.specs import AttentionSpec
+from ..config import AttentionConfig
+from ..device import DeviceFacts
+
+if TYPE_CHECKING:
+    import torch
+
+    from .metadata import StepMetadata
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Capabilities:
+    """What a backend can do on one kind of device. Everything that it does not declare, it cannot do."""
+
+    name: str
+    dtypes: frozenset[str]
+    """Dtypes of queries and outputs."""
+    kv_cache_dtypes: frozenset[str]
+    """Dtypes of K and V in the cache."""
+    kernel_block_multiple: int = 1
+    """A kernel block is a multiple of this many tokens."""
+    kernel_block_sizes: tuple[int, ...] = ()
+    """If not empty, the kernel knows only these kernel blocks; a block is a multiple of one of them."""
+    exact_block_sizes: tuple[int, ...] = ()
+    """If not empty, the block itself must be one of these: the kernel cannot split it."""
+    head_sizes: tuple[int, ...] = ()
+    """If not empty, the only head sizes; else any multiple of ``head_size_multiple`` up to ``max_head_size``."""
+    head_size_multiple: int = 1
+    max_head_size: int = 1 << 30
+    layouts: tuple[str, ...] = ("NHD",)
+    """Physical orders of the cache that the kernels can read, best first."""
+    is_ssm: bool = False
+    """True for a state mixer: it constrains state pages, not attention blocks."""
+    batch_invariant: bool = False
+    sliding_window: bool = False
+    soft_cap: bool = False
+    sinks: bool = False
+    encoder_only: bool = False
+    mla: bool = False
+    reads_unwritten_slots: bool = False
+    """True if a kernel touches the unwritten tail of a block it visits: blocks are cleared at hand-out."""
+    max_view_elements: int | None = None
+    """Elements of one layer's K or V view that the kernel can address; ``None`` for 64-bit addressing."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Probe:
+    """Whether software is here and loads: a value, never an exception."""
+
+    available: bool
+    reason: str
+    """A sentence: what was found, or what is missing and how to get it."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LayerRequest:
+    """What one attention layer asks of a backend."""
+
+    layer: int
+    spec: AttentionSpec
+    dtype: str
+    """Dtype of queries and outputs."""
+    soft_cap: float | None = None
+    sinks: bool = False
+    encoder_only: bool = False
+
+
+class AttentionBackend(ABC):
+    """A way to compute attention. Stateless: what it decides follows from its arguments."""
+
+    name: str
+
+    @abstractmethod
+    def capabilities(self, device: DeviceFacts) -> Capabilities:
+        """What this backend can do on ``device``; no probing, no torch."""
+
+    def get_preferred_block_size(self, device: DeviceFacts, default: int) -> int:
+        """The smallest block size, in tokens, that this backend would choose, from the platform's ``default``."""
+        multiple = self.capabilities(device).kernel_block_multiple
+        return -(-default // multiple) * multiple
+
+    @abstractmethod
+    def probe(self, device: DeviceFacts) -> Probe:
+        """Whether what this backend needs is installed and loads. Never raises."""
+
+    @abstractmethod
+    def build(self, request: BuildRequest) -> AttentionImpl:
+        """The backend ready to run; imports torch.
+
+        :raises BackendError: when the request is outside :meth:`capabilities`.
+        """
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BuildRequest:
+    """What :meth:`AttentionBackend.build` gets: one build serves all layers that share these facts."""
+
+    device: DeviceFacts
+    spec: AttentionSpec
+    dtype: str
+    block_size: int
+    """Tokens of a block, as block tables count them."""
+    kernel_block_size: int
+    """Tokens of what the kernel indexes; divides ``block_size``."""
+    num_blocks: int
+    max_num_seqs: int
+    max_num_batched_tokens: int
+    max_model_len: int
+    config: AttentionConfig
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AttentionCall:
+    """Numbers of one layer that the model's attention call carries."""
+
+    scale: float
+    causal: bool = True
+    sliding_window: int | None = None
+    """Keys that a query sees, itself included; ``None`` for all."""
+    soft_cap: float | None = None
+    sinks: torch.Tensor | None = None
+    """One logit per query head, shape (num_query_heads,)."""
+
+
+class AttentionImpl(ABC):
+    """A built backend. Shapes: T tokens of B requests packed in order, Hq query heads, Hk kv heads, D, Dv."""
+
+    name: str
+
+    @abstractmethod
+    def prepare(self, step: StepMetadata) -> Any:
+        """Per-step metadata that every layer of the group shares; called once per step."""
+
+    @abstractmethod
+    def forward(
+        self,
+        query: torch.Tensor,
+        key_cache: torch.Tensor,
+        value_cache: torch.Tensor,
+        metadata: Any,
+        call: AttentionCall,
+    ) -> torch.Tensor:
+        """Attention of the step's queries over the paged cache.
+
+        :param query: (T, Hq, D).
+        :param key_cache: strided view (num_blocks, block_size, Hk, D), last axis contiguous.
+        :param value_cache: strided view (num_blocks, block_size, Hk, Dv), last axis contiguous.
+        :param metadata: what :meth:`prepare` returned for this step.
+        :return: (T, Hq, Dv), contiguous.
+        """
+
+    @abstractmethod
+    def forward_gathered(
+        self,
+        query: torch.Tensor,
+        keys: Sequence[torch.Tensor],
+        values: Sequence[torch.Tensor],
+        step: StepMetadata,
+        call: AttentionCall,
+    ) -> torch.Tensor:
+        """The same over K and V that were gathered per request, for models that expand a stored latent (MLA).
+
+        :param query: (T, Hq, D).
+        :param keys: per request (seq_len, Hk, D).
+        :param values: per request (seq_len, Hk, Dv).
+        :return: (T, Hq, Dv), contiguous.
+        """

@@ -1,0 +1,1 @@
+"""Block-size constraints: values with an owner. One solver takes them all (see solver below)."""

@@ -1,0 +1,234 @@
+"""The user's settings as frozen records. ``None`` and ``"auto"`` mean that makeready chooses and says why."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+from .errors import ConfigError
+
+MambaCacheMode = Literal["none", "align", "all"]
+MAMBA_CACHE_MODES: tuple[str, ...] = ("none", "align", "all")
+DTYPES: tuple[str, ...] = ("float32", "bfloat16", "float16")
+KV_CACHE_DTYPES: tuple[str, ...] = (
+    "auto", "float32", "bfloat16", "float16", "fp8", "fp8_e4m3", "fp8_e5m2", "nvfp4",
+    "int8_per_token_head", "fp8_per_token_head", "int4_per_token_head",
+)  # fmt: skip
+LAYOUTS: tuple[str, ...] = ("NHD", "HND", "cross_layer_NHD", "cross_layer_HND")
+
+T = TypeVar("T")
+
+
+def setting(default: T, doc: str, unit: str = "") -> T:
+    """A dataclass field with its documentation, which the reference page and ``--help`` print."""
+    return field(default=default, metadata={"doc": doc, "unit": unit})  # type: ignore[return-value]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ModelConfig:
+    """Which model, and how it is run."""
+
+    model: str | Path | Mapping[str, Any] = setting(
+        "", "preset name, checkpoint directory, config.json, or a dict with a config.json's content"
+    )
+    dtype: str = setting("auto", "weights' and activations' dtype; auto takes the checkpoint's")
+    max_model_len: int | None = setting(
+        None, "longest sequence, prompt and output together; None takes the model's own", "tokens"
+    )
+    seed: int = setting(0, "seed of sampling")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CacheConfig:
+    """The paged cache."""
+
+    block_size: int | None = setting(
+        None, "KV block size; checked and kept when given, else found in two phases", "tokens"
+    )
+    kv_cache_dtype: str = setting("auto", "dtype of K and V; auto takes the model's")
+    layout: str = setting("auto", "physical order: NHD, HND, cross_layer_NHD or cross_layer_HND")
+    memory_bytes: int | None = setting(None, "memory for the cache; None derives it", "bytes")
+    memory_fraction: float = setting(
+        0.9, "share of the device's memory for weights and cache when memory_bytes is None"
+    )
+    num_blocks: int | None = setting(None, "blocks in the pool, instead of a memory budget", "blocks")
+    mamba_cache_mode: str = setting(
+        "none", "where states are kept: none (one per request), align or all (at block boundaries)"
+    )
+    mamba_block_size: int | None = setting(
+        None, "distance between kept states in modes align and all; respected or refused", "tokens"
+    )
+    mamba_cache_dtype: str = setting("auto", "dtype of convolution states; auto takes the model's")
+    mamba_ssm_cache_dtype: str = setting("auto", "dtype of recurrent states; auto asks the family's rule")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AttentionConfig:
+    """Which attention backend, and what it must promise."""
+
+    backend: str | None = setting(None, "attention backend for every layer: flex, flash, reference, or a plugin's")
+    batch_invariant: bool = setting(False, "only backends whose output does not depend on the batch")
+    flex_attn_block_m: int | None = setting(
+        None, "flex: query rows that one kernel program computes; power of two", "tokens"
+    )
+    flex_attn_block_n: int | None = setting(
+        None, "flex: KV tokens that one kernel iteration loads; power of two", "tokens"
+    )
+    flex_attn_q_block_size: int | None = setting(
+        None, "flex: query block of the block mask; power of two, multiple of flex_attn_block_m", "tokens"
+    )
+    flex_attn_kv_block_size: int | None = setting(
+        None, "flex: KV block of the block mask; power of two, multiple of flex_attn_block_n", "tokens"
+    )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ParallelConfig:
+    """How the model is spread over devices."""
+
+    tensor_parallel_size: int = setting(1, "ranks that share each layer", "devices")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DeviceConfig:
+    """Which device."""
+
+    platform: str | None = setting(None, "platform: cpu, cuda, xpu or a plugin's; None takes the best that probes")
+    device_index: int = setting(0, "ordinal of the device")
+    device_memory_bytes: int | None = setting(
+        None, "total memory to assume instead of the probed one", "bytes"
+    )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SchedulerConfig:
+    """How many requests and tokens one step takes."""
+
+    max_num_seqs: int = setting(8, "requests that run at the same time", "requests")
+    max_num_batched_tokens: int = setting(
+        512, "tokens of one step; longer prompts are prefilled in chunks", "tokens"
+    )
+    num_speculative_tokens: int = setting(0, "draft tokens per step that states must keep room for", "tokens")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EngineConfig:
+    """Everything that ``prepare`` takes.
+
+    :raises ConfigError: from :meth:`validated` for a value that no part can take.
+    """
+
+    model: ModelConfig = field(default_factory=ModelConfig)
+    cache: CacheConfig = field(default_factory=CacheConfig)
+    attention: AttentionConfig = field(default_factory=AttentionConfig)
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    device: DeviceConfig = field(default_factory=DeviceConfig)
+    scheduler: SchedulerConfig = field(default_factory=SchedulerConfig)
+
+    @classmethod
+    def from_options(cls, **options: Any) -> EngineConfig:
+        """A config from flat option names, as the command line has them.
+
+        :raises ConfigError: for an unknown name, naming the ones there are.
+        """
+        parts = {part.name: part.default_factory for part in fields(cls)}
+        owners = {f.name: part for part, make in parts.items() for f in fields(make)}  # type: ignore[arg-type]
+        given: dict[str, dict[str, Any]] = {part: {} for part in parts}
+        for name, value in options.items():
+            if name not in owners:
+                raise ConfigError(
+                    f"option {name!r} is not known; known are {', '.join(sorted(owners))}",
+                    option=name,
+                    value=value,
+                    expected=sorted(owners),
+                )
+            given[owners[name]][name] = value
+        return cls(**{part: make(**given[part]) for part, make in parts.items()}).validated()  # type: ignore[misc]
+
+    def validated(self) -> EngineConfig:
+        """This config, once every value is one that its setting can take."""
+        cache, attention, scheduler = self.cache, self.attention, self.scheduler
+        for option, value in (
+            ("block_size", cache.block_size),
+            ("mamba_block_size", cache.mamba_block_size),
+            ("num_blocks", cache.num_blocks),
+            ("memory_bytes", cache.memory_bytes),
+            ("max_model_len", self.model.max_model_len),
+            ("tensor_parallel_size", self.parallel.tensor_parallel_size),
+            ("max_num_seqs", scheduler.max_num_seqs),
+            ("max_num_batched_tokens", scheduler.max_num_batched_tokens),
+        ):
+            _require_positive(option, value)
+        _require_one_of("dtype", self.model.dtype, ("auto", *DTYPES))
+        _require_one_of("kv_cache_dtype", cache.kv_cache_dtype, KV_CACHE_DTYPES)
+        _require_one_of("layout", cache.layout, ("auto", *LAYOUTS))
+        _require_one_of("mamba_cache_mode", cache.mamba_cache_mode, MAMBA_CACHE_MODES)
+        _require_one_of("mamba_cache_dtype", cache.mamba_cache_dtype, ("auto", *DTYPES))
+        _require_one_of("mamba_ssm_cache_dtype", cache.mamba_ssm_cache_dtype, ("auto", *DTYPES))
+        if scheduler.num_speculative_tokens < 0:
+            raise ConfigError(
+                f"num_speculative_tokens {scheduler.num_speculative_tokens} is negative; 0 turns speculation off",
+                option="num_speculative_tokens",
+                value=scheduler.num_speculative_tokens,
+                expected=">= 0",
+            )
+        if not 0 < cache.memory_fraction <= 1:
+            raise ConfigError(
+                f"memory_fraction {cache.memory_fraction} is not a share; give a number above 0 and up to 1",
+                option="memory_fraction",
+                value=cache.memory_fraction,
+                expected="0 < memory_fraction <= 1",
+            )
+        _check_flex_blocks(attention)
+        return self
+
+
+def _require_positive(option: str, value: int | None) -> None:
+    if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value <= 0):
+        raise ConfigError(
+            f"{option} {value!r} must be a whole number above zero",
+            option=option,
+            value=value,
+            expected="a whole number above zero",
+        )
+
+
+def _require_one_of(option: str, value: str, allowed: tuple[str, ...]) -> None:
+    if value not in allowed:
+        raise ConfigError(
+            f"{option} {value!r} is not known; choose from {', '.join(allowed)}",
+            option=option,
+            value=value,
+            expected=list(allowed),
+        )
+
+
+def _check_flex_blocks(attention: AttentionConfig) -> None:
+    """Powers of two, and mask blocks that kernel tiles divide (torch's flex templates ask for both)."""
+    for option in (
+        "flex_attn_block_m", "flex_attn_block_n", "flex_attn_q_block_size", "flex_attn_kv_block_size"
+    ):  # fmt: skip
+        value = getattr(attention, option)
+        _require_positive(option, value)
+        if value is not None and value & (value - 1):
+            below = 1 << (value.bit_length() - 1)
+            raise ConfigError(
+                f"{option} {value} is not a power of two; nearest are {below} and {2 * below}",
+                option=option,
+                value=value,
+                expected=[below, 2 * below],
+            )
+    for tile, block in (
+        ("flex_attn_block_m", "flex_attn_q_block_size"),
+        ("flex_attn_block_n", "flex_attn_kv_block_size"),
+    ):
+        small, large = getattr(attention, tile), getattr(attention, block)
+        if small is not None and large is not None and large % small:
+            raise ConfigError(
+                f"{block} {large} is not a multiple of {tile} {small}",
+                option=block,
+                value=large,
+                expected=f"a multiple of {small}",
+            )
