@@ -15,7 +15,7 @@ class BlockTable:
     """The blocks of one request in one group.
 
     Token ``t`` lies in block ``blocks[t // block_size]`` at offset ``t % block_size``. Entries of blocks that
-    were given back early (a sliding window has passed them) are the null block: later tokens keep their places.
+    were given back early (a sliding window has passed them) are the null block; later tokens keep theirs.
 
     :param block_size: tokens of a block.
     :raises ConfigError: for a ``block_size`` below 1.
@@ -43,7 +43,7 @@ class BlockTable:
     def append(self, block_ids: Sequence[int]) -> None:
         """Add ``block_ids`` after the blocks there are.
 
-        :raises IntegrityError: for the null block, which holds nobody's tokens, or a block that is there already.
+        :raises IntegrityError: for the null block, or a block that is there already.
         """
         for block_id in block_ids:
             if block_id == NULL_BLOCK:
@@ -67,7 +67,7 @@ class BlockTable:
         """
         if not 0 <= start <= end <= self.num_tokens:
             raise IntegrityError(
-                f"tokens {start} to {end} are asked of {len(self.blocks)} blocks with room for {self.num_tokens}",
+                f"tokens {start} to {end} are asked of a table with room for {self.num_tokens}",
                 value=(start, end),
                 expected=f"0 <= start <= end <= {self.num_tokens}",
             )
@@ -83,7 +83,7 @@ class BlockTable:
         return slots
 
     def release_before(self, token: int) -> list[int]:
-        """Take out the blocks whose tokens all come before ``token``, and leave the null block in their places.
+        """Take out the blocks whose tokens all come before ``token``; the null block takes their places.
 
         :return: the block ids to free, in order; none that an earlier call returned.
         """

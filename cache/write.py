@@ -36,13 +36,13 @@ def write_kv(
     _check_fit("value", value, value_cache, slot_mapping)
     num_blocks, block_size = key_cache.shape[:2]
     if slot_mapping.device.type == "cpu":
-        _check_slots(slot_mapping, num_blocks * block_size)
-        key, value, slots = _leave_padding_out(key, value, slot_mapping)
+        padded = _check_slots(slot_mapping, num_blocks * block_size)
+        if padded:
+            key, value, slot_mapping = _leave_padding_out(key, value, slot_mapping)
     else:
-        key, value, slots = _send_padding_to_null_block(key, value, slot_mapping)
-    where = (slots // block_size, slots % block_size)
-    _scatter(key, key_cache, slots, where)
-    _scatter(value, value_cache, slots, where)
+        key, value, slot_mapping = _send_padding_to_null_block(key, value, slot_mapping)
+    _scatter(key, key_cache, slot_mapping)
+    _scatter(value, value_cache, slot_mapping)
 
 
 def gather_kv(cache_view: torch.Tensor, block_ids: Sequence[int], length: int) -> torch.Tensor:
@@ -71,7 +71,7 @@ def _leave_padding_out(
     key: torch.Tensor, value: torch.Tensor, slots: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     kept = slots >= 0
-    return (key, value, slots) if bool(kept.all()) else (key[kept], value[kept], slots[kept])
+    return key[kept], value[kept], slots[kept]
 
 
 def _send_padding_to_null_block(
@@ -81,16 +81,15 @@ def _send_padding_to_null_block(
     return key.masked_fill(padding, 0), value.masked_fill(padding, 0), slots.clamp(min=0)
 
 
-def _scatter(
-    rows: torch.Tensor, cache: torch.Tensor, slots: torch.Tensor, where: tuple[torch.Tensor, torch.Tensor]
-) -> None:
+def _scatter(rows: torch.Tensor, cache: torch.Tensor, slots: torch.Tensor) -> None:
+    block_size = cache.shape[1]
     if rows.dtype != cache.dtype:
         limits = torch.finfo(cache.dtype)
         rows = rows.clamp(limits.min, limits.max).to(cache.dtype)
-    if cache.stride(0) == cache.stride(1) * cache.shape[1]:
+    if cache.stride(0) == cache.stride(1) * block_size:
         cache.view(-1, *cache.shape[2:]).index_put_((slots,), rows)
     else:
-        cache.index_put_(where, rows)
+        cache.index_put_((slots // block_size, slots % block_size), rows)
 
 
 def _check_fit(name: str, rows: torch.Tensor, cache: torch.Tensor, slots: torch.Tensor) -> None:
@@ -111,9 +110,10 @@ def _check_fit(name: str, rows: torch.Tensor, cache: torch.Tensor, slots: torch.
         )
 
 
-def _check_slots(slots: torch.Tensor, count: int) -> None:
+def _check_slots(slots: torch.Tensor, count: int) -> bool:
+    """Whether some slots are padding; refuses those outside the cache."""
     if slots.numel() == 0:
-        return
+        return False
     low, high = (int(end) for end in torch.aminmax(slots))
     if low < PADDING_SLOT or high >= count:
         wrong = low if low < PADDING_SLOT else high
@@ -122,3 +122,4 @@ def _check_slots(slots: torch.Tensor, count: int) -> None:
             value=wrong,
             expected=f"-1 to {count - 1}",
         )
+    return low < 0

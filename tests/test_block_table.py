@@ -32,7 +32,7 @@ def test_num_blocks_for_counts_what_is_missing(tokens, missing):
 
 def test_tokens_without_a_block_are_refused():
     made = table(4, 7, 3)
-    with pytest.raises(IntegrityError, match="tokens 6 to 9 are asked of 2 blocks with room for 8"):
+    with pytest.raises(IntegrityError, match="tokens 6 to 9 are asked of a table with room for 8"):
         made.slots(6, 9)
     for start, end in ((-1, 2), (3, 2)):
         with pytest.raises(IntegrityError, match=f"tokens {start} to {end}"):
