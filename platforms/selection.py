@@ -159,7 +159,7 @@ def _select_auto(providers: Sequence[PlatformProvider], device_index: int) -> Pl
         if not probe.available:
             reason = probe.reason
         elif chosen is not None:
-            reason = f"usable, but {chosen[0].name} comes first in auto's order; ask for it with --platform {provider.name}"
+            reason = f"usable, but {chosen[0].name} comes first in auto's order; --platform {provider.name} takes it"
         else:
             reason = f"the first in auto's order whose probe succeeded; {probe.reason}"
             chosen = (provider, probe, reason)

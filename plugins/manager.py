@@ -142,10 +142,10 @@ def _register(
             continue
         try:
             hooks = verification.check_plugin(plugin, source.name)
-        except verification.Refused as refused:
+            manager.register(plugin, source.name)
+        except (verification.Refused, ValueError) as refused:  # ValueError: one object under two names
             problems.append(source.problem("register", str(refused)))
             continue
-        manager.register(plugin, source.name)
         infos.append(source.info(hooks))
     return manager, infos, problems
 

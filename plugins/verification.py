@@ -10,7 +10,7 @@ import pluggy
 
 from ..attention_backends.interface import AttentionBackend
 from ..platforms.interface import Platform
-from ..platforms.provider import PlatformProvider
+from ..platforms.provider import PlatformProvider, describe_exception
 from . import hookspecs
 from .records import Constraint, KVConnectorProvider
 
@@ -38,10 +38,13 @@ def check_plugin(plugin: object, name: str) -> tuple[str, ...]:
         raise Refused(f"the entry point names the class {plugin.__name__}; name a module or an instance")
     scratch = new_manager()  # a plugin that fails half-way stays in the manager that took it
     try:
+        hash(plugin)  # pluggy keeps plugins in sets
         scratch.register(plugin, name)
         scratch.check_pending()
     except pluggy.PluginValidationError as error:
-        raise Refused(_validation_text(str(error))) from error
+        raise Refused(_one_line(str(error))) from error
+    except Exception as error:  # pluggy reads every attribute of the plugin, which may raise anything
+        raise Refused(describe_exception(error)) from error
     callers = scratch.get_hookcallers(plugin) or []
     hooks = tuple(caller.name for caller in callers)
     for caller in callers:
@@ -123,6 +126,6 @@ def _no_repeats(names: Sequence[str], hook: str) -> None:
         raise Refused(f"{hook} names {', '.join(repeated)} more than once")
 
 
-def _validation_text(text: str) -> str:
+def _one_line(text: str) -> str:
     """pluggy's message as one line; it breaks it over several."""
     return " ".join(text.split())
