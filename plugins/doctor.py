@@ -1,0 +1,231 @@
+"""What is here: software, plugins, platforms and backends, each with what its probe says. Needs no torch."""
+
+from __future__ import annotations
+
+import platform as operating_system
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+
+from ..attention_backends.interface import Probe
+from ..device import DeviceFacts
+from ..errors import MakereadyError
+from ..platforms.provider import PlatformProvider, PluginProblem, ProbeResult, describe_exception
+from ..platforms.selection import WHEELS, auto_order, run_probe, select_platform
+from ..platforms.software import (
+    IPEX,
+    TRITON_PACKAGES,
+    XPU_KERNELS,
+    installed_version,
+    installed_versions,
+    ipex_clash,
+    triton_clash,
+)
+from .manager import Plugins
+from .records import OfferedBackend, PluginInfo
+
+SOFTWARE: tuple[str, ...] = ("torch", "transformers", "safetensors", "flash-attn", "flash-attn-3", "flash-attn-4")
+"""Distributions that are shown also when they are not installed; triton's and Intel's are added."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BackendReport:
+    """One attention backend on one platform."""
+
+    name: str
+    plugin: str
+    distribution: str
+    available: bool
+    reason: str
+
+    def to_dict(self) -> dict[str, object]:
+        """The backend as JSON-ready values."""
+        return {
+            "name": self.name,
+            "plugin": self.plugin,
+            "distribution": self.distribution,
+            "available": self.available,
+            "reason": self.reason,
+        }
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PlatformReport:
+    """One platform: its probe, auto's verdict, and the backends that plugins offer for it."""
+
+    name: str
+    distribution: str | None
+    """The wheel that provides it; ``None`` if it can only be planned for."""
+    probe: ProbeResult
+    chosen: bool
+    """Whether auto takes it."""
+    verdict: str
+    """Why auto takes or refuses it."""
+    backends: tuple[BackendReport, ...] = ()
+
+    def to_dict(self) -> dict[str, object]:
+        """The platform as JSON-ready values."""
+        return {
+            "name": self.name,
+            "distribution": self.distribution,
+            "available": self.probe.available,
+            "reason": self.probe.reason,
+            "probe": self.probe.to_dict(),
+            "chosen": self.chosen,
+            "verdict": self.verdict,
+            "backends": [backend.to_dict() for backend in self.backends],
+        }
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DoctorReport:
+    """Everything that ``makeready doctor`` shows."""
+
+    makeready: str
+    python: str
+    executable: str
+    system: str
+    software: tuple[tuple[str, str | None], ...]
+    """(distribution, version); the version is ``None`` where it is not installed."""
+    notes: tuple[str, ...]
+    """What is wrong with the software: packages that overwrite each other, versions that do not load."""
+    plugins: tuple[PluginInfo, ...]
+    problems: tuple[PluginProblem, ...]
+    disabled: tuple[str, ...]
+    platforms: tuple[PlatformReport, ...]
+    """In auto's order; platforms that can only be planned for come last."""
+    auto: str | None
+    """The platform that auto chooses, or ``None`` if it refuses to choose."""
+    auto_reason: str
+
+    def to_dict(self) -> dict[str, object]:
+        """The report as JSON-ready values."""
+        return {
+            "makeready": self.makeready,
+            "python": self.python,
+            "executable": self.executable,
+            "system": self.system,
+            "software": dict(self.software),
+            "notes": list(self.notes),
+            "plugins": [plugin.to_dict() for plugin in self.plugins],
+            "problems": [problem.to_dict() for problem in self.problems],
+            "disabled": list(self.disabled),
+            "platforms": [platform.to_dict() for platform in self.platforms],
+            "auto": self.auto,
+            "auto_reason": self.auto_reason,
+        }
+
+
+def examine(plugins: Plugins) -> DoctorReport:
+    """Probe every platform and every backend that plugins brought. Nothing that is found raises."""
+    probes, probe_problems = _probe_all(plugins.providers)
+    auto, auto_reason, verdicts = _auto(plugins, probes, probe_problems)
+    platforms, backend_problems = [], []
+    for provider in auto_order(plugins.providers):
+        probe = probes[provider.name]
+        backends, problems = _backends(plugins, provider, probe)
+        backend_problems += problems
+        platforms.append(
+            PlatformReport(
+                name=provider.name,
+                distribution=provider.distribution,
+                probe=probe,
+                chosen=provider.name == auto,
+                verdict=verdicts.get(provider.name, auto_reason),
+                backends=backends,
+            )
+        )
+    return DoctorReport(
+        makeready=installed_version("makeready") or "not installed: run from its source tree",
+        python=operating_system.python_version(),
+        executable=sys.executable,
+        system=operating_system.platform(),
+        software=_software(),
+        notes=tuple(note for note in (triton_clash(), ipex_clash()) if note),
+        plugins=plugins.infos,
+        problems=tuple(dict.fromkeys((*plugins.problems, *probe_problems, *backend_problems))),
+        disabled=plugins.disabled,
+        platforms=(*platforms, *_only_planned(probes)),
+        auto=auto,
+        auto_reason=auto_reason,
+    )
+
+
+def _probe_all(
+    providers: Sequence[PlatformProvider],
+) -> tuple[dict[str, ProbeResult], tuple[PluginProblem, ...]]:
+    """What each platform's probe says; one that breaks its contract is a refusal here and a problem too."""
+    probes, problems = {}, []
+    for provider in providers:
+        try:
+            probes[provider.name] = run_probe(provider)
+        except MakereadyError as error:
+            probes[provider.name] = ProbeResult(available=False, reason=error.message)
+            problems.append(
+                PluginProblem(
+                    name=provider.name,
+                    distribution=provider.distribution,
+                    version=installed_version(provider.distribution) or "unknown",
+                    stage="probe",
+                    exception=error.message,
+                )
+            )
+    return probes, tuple(problems)
+
+
+def _auto(
+    plugins: Plugins, probes: dict[str, ProbeResult], probe_problems: Sequence[PluginProblem]
+) -> tuple[str | None, str, dict[str, str]]:
+    """Auto's choice, its reason, and the verdict on each platform; every probe was asked once and repeats itself."""
+    probed = [replace(given, probe=partial(probes.__getitem__, given.name)) for given in plugins.providers]
+    try:
+        selection = select_platform(probed, None, (*plugins.problems, *probe_problems))
+    except MakereadyError as error:
+        return None, error.message, {}
+    verdicts = {candidate.name: candidate.reason for candidate in selection.candidates}
+    return selection.provider.name, selection.reason, verdicts
+
+
+def _backends(
+    plugins: Plugins, provider: PlatformProvider, probe: ProbeResult
+) -> tuple[tuple[BackendReport, ...], tuple[PluginProblem, ...]]:
+    device = probe.devices[0] if probe.devices else _planned_device(provider)
+    offers = plugins.attention_backends(device)
+    return tuple(_backend(offer, device) for offer in offers.offered), offers.problems
+
+
+def _backend(offer: OfferedBackend, device: DeviceFacts) -> BackendReport:
+    try:
+        probe = offer.backend.probe(device)
+    except Exception as error:  # a vendor's probe that breaks its contract is shown, it does not end the report
+        probe = Probe(available=False, reason=f"its probe raised {describe_exception(error)}, which it must not")
+    return BackendReport(
+        name=offer.backend.name,
+        plugin=offer.plugin,
+        distribution=offer.distribution,
+        available=probe.available,
+        reason=probe.reason,
+    )
+
+
+def _planned_device(provider: PlatformProvider) -> DeviceFacts:
+    return DeviceFacts(platform=provider.name, device_type=provider.platform.device_type, present=False)
+
+
+def _only_planned(probes: dict[str, ProbeResult]) -> Sequence[PlatformReport]:
+    """Platforms that the package plans for and whose wheel is not installed."""
+    reports = []
+    for name, wheel in WHEELS.items():
+        if name not in probes:
+            reason = f"{name} can be planned for; to run on it: pip install {wheel}"
+            probe = ProbeResult(available=False, reason=reason)
+            reports.append(
+                PlatformReport(name=name, distribution=None, probe=probe, chosen=False, verdict=reason)
+            )
+    return reports
+
+
+def _software() -> tuple[tuple[str, str | None], ...]:
+    shown = [(name, installed_version(name)) for name in (*SOFTWARE, IPEX, XPU_KERNELS)]
+    return (*shown, *(installed_versions(*TRITON_PACKAGES) or (("triton", None),)))

@@ -1,0 +1,110 @@
+"""What plugins hand in and what the host keeps of it: frozen records, no pluggy."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
+
+from ..attention_backends.interface import AttentionBackend
+from ..platforms.provider import PluginProblem
+
+if TYPE_CHECKING:
+    from ..cache.allocation import KVCache
+
+GROUP = "makeready"
+"""The entry-point group that wheels register in."""
+DISABLE_VARIABLE = "MAKEREADY_DISABLE_PLUGINS"
+"""Environment variable: entry points to leave out, separated by commas, or ``all``."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PluginInfo:
+    """A plugin that loaded and whose hooks fit."""
+
+    name: str
+    distribution: str
+    version: str
+    hooks: tuple[str, ...]
+    """The hooks that it implements."""
+    builtin: bool = False
+    claims: tuple[str, ...] = ()
+    """Platforms that the wheel's metadata promises."""
+
+    def problem(self, stage: str, exception: str) -> PluginProblem:
+        """What is wrong with this plugin."""
+        return PluginProblem(
+            name=self.name,
+            distribution=self.distribution,
+            version=self.version,
+            stage=stage,
+            exception=exception,
+            claims=self.claims,
+        )
+
+    def to_dict(self) -> dict[str, object]:
+        """The plugin as JSON-ready values."""
+        return {
+            "name": self.name,
+            "distribution": self.distribution,
+            "version": self.version,
+            "hooks": list(self.hooks),
+            "builtin": self.builtin,
+        }
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class OfferedBackend:
+    """An attention backend and who brought it."""
+
+    backend: AttentionBackend
+    plugin: str
+    distribution: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BackendOffers:
+    """The attention backends for one device, in the order their plugins were registered."""
+
+    offered: tuple[OfferedBackend, ...]
+    problems: tuple[PluginProblem, ...] = ()
+    """Plugins whose hook raised or answered something that is not a backend, for this device."""
+
+    @property
+    def backends(self) -> tuple[AttentionBackend, ...]:
+        """The backends alone."""
+        return tuple(offer.backend for offer in self.offered)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class KVConnectorProvider:
+    """A way to move KV blocks and states to another engine or store."""
+
+    name: str
+    summary: str
+    """What it moves the bytes with, in a few words, for ``doctor``."""
+    build: Callable[[KVCache, Mapping[str, Any]], object]
+    """Makes the connector over a cache, with the user's options; raises a named error if it cannot."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StartupNote:
+    """A sentence that a plugin adds to ``Ready.explain()``."""
+
+    plugin: str
+    text: str
+
+
+@runtime_checkable
+class Constraint(Protocol):
+    """A block-size constraint as the solver takes it; ``makeready.cache.block_size`` has them."""
+
+    @property
+    def owner(self) -> str:
+        """Who asks for it; named when constraints clash."""
+
+    def accepts(self, size: int) -> bool:
+        """Whether a block of ``size`` tokens satisfies it."""
+
+    def describe(self) -> str:
+        """The constraint in words."""
