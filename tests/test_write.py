@@ -4,6 +4,7 @@ import random
 
 import pytest
 import torch
+
 from makeready.cache.allocation import allocate
 from makeready.cache.block_table import BlockTable, pad_tables, slot_mapping
 from makeready.cache.layout import CacheLayout
