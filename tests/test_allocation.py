@@ -4,6 +4,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+
 from makeready.cache.allocation import allocate, torch_dtype
 from makeready.cache.layout import CacheLayout
 from makeready.cache.specs import DTYPE_BYTES, AttentionSpec, LayerGroup, LayerSpec, MambaSpec, StateTensor

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+
 from makeready.cache import layout as layout_module
 from makeready.cache.layout import CacheLayout, StridedView
 from makeready.cache.specs import DTYPE_BYTES, AttentionSpec, LayerGroup, LayerSpec, MambaSpec, StateTensor

@@ -4,6 +4,7 @@ import pytest
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
+
 from makeready.cache.pool import BlockPool
 from makeready.errors import CapacityError, ConfigError, IntegrityError
 

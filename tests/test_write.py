@@ -4,7 +4,7 @@ import random
 
 import pytest
 import torch
-from makeready.cache import write as write_module
+
 from makeready.cache.allocation import allocate
 from makeready.cache.block_table import BlockTable, pad_tables, slot_mapping
 from makeready.cache.layout import CacheLayout
@@ -101,19 +101,6 @@ def test_every_layout_against_a_dict_of_tokens(order, dtype, lens, block_size, p
             )
 
 
-@pytest.mark.parametrize("skip", ["_leave_padding_out", "_send_padding_to_null_block"])
-def test_both_ways_to_skip_padding_write_the_same_real_slots(skip):
-    key, value = torch.randn(4, HEADS, WIDTH), torch.full((4, HEADS, WIDTH_V), float("nan"))
-    slots = torch.tensor([9, -1, 4, -1])
-    rows, _, places = getattr(write_module, skip)(key, value, slots)
-    written = dict(zip(places.tolist(), rows, strict=True))
-    assert written.keys() - {0} == {9, 4}
-    assert torch.equal(written[9], key[0])
-    assert torch.equal(written[4], key[2])
-    if 0 in written:
-        assert (written[0] == 0).all()
-
-
 def test_rows_may_be_strided_and_overflow_saturates():
     cache = make("HND", "fp8_e4m3")
     packed = torch.full((2, HEADS, WIDTH + WIDTH_V), 1e9)
@@ -167,16 +154,17 @@ def test_a_step_on_cuda_never_waits_for_the_device(order):
     torch.cuda.synchronize()
     torch.cuda.set_sync_debug_mode("error")
     try:
-        cache.clear_blocks(0, [0, *table.blocks])
+        cache.clear_blocks(0, table.blocks)
         slots = slot_mapping([table], [0], [11], device)
         slots[4:5].fill_(-1)
         write_kv(key_there, value_there, *cache.key_value(1), slots)
         padded = pad_tables([table.blocks, []], device)
     finally:
         torch.cuda.set_sync_debug_mode("default")
-    reference.clear_blocks(0, [0, *table.blocks])
+    reference.clear_blocks(0, table.blocks)
     here = slot_mapping([table], [0], [11], CPU)
     here[4] = -1
     write_kv(key, value, *reference.key_value(1), here)
     assert padded.tolist() == [table.blocks, [0] * len(table.blocks)]
-    assert torch.equal(cache.buffer.cpu(), reference.buffer)
+    # Block 0 may differ: skipped tokens land there.
+    assert torch.equal(cache.pages()[1:].cpu(), reference.pages()[1:])
