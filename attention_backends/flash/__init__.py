@@ -1,0 +1,6 @@
+"""Flash attention: a policy per platform, and providers that bring the kernels."""
+
+from .backend import FlashBackend
+from .providers import FlashProvider, Library
+
+__all__ = ["FlashBackend", "FlashProvider", "Library"]

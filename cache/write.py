@@ -1,0 +1,125 @@
+"""K and V into their slots, and back out again by the slow obvious way."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from ..errors import ConfigError, IntegrityError
+
+PADDING_SLOT = -1
+"""The slot of a token that is not written."""
+
+
+def write_kv(
+    key: torch.Tensor,
+    value: torch.Tensor,
+    key_cache: torch.Tensor,
+    value_cache: torch.Tensor,
+    slot_mapping: torch.Tensor,
+) -> None:
+    """Write T tokens into strided views of any layout, cast to the cache's dtype and clamped to its range.
+
+    Tokens of slot -1 are skipped. On the CPU nothing is written for them. On other devices, where to look for
+    them would make the host wait, they write zeros into the first slot of the null block, which nobody reads.
+
+    :param key: (T, Hk, D).
+    :param value: (T, Hk, Dv).
+    :param key_cache: strided view (num_blocks, block_size, Hk, D).
+    :param value_cache: strided view (num_blocks, block_size, Hk, Dv).
+    :param slot_mapping: (T,) int64; every slot but -1 at most once.
+    :raises ConfigError: for shapes or dtypes that do not fit each other.
+    :raises IntegrityError: for a slot outside the cache, on the CPU; elsewhere the device reports it.
+    """
+    _check_fit("key", key, key_cache, slot_mapping)
+    _check_fit("value", value, value_cache, slot_mapping)
+    num_blocks, block_size = key_cache.shape[:2]
+    if slot_mapping.device.type == "cpu":
+        padded = _check_slots(slot_mapping, num_blocks * block_size)
+        if padded:
+            key, value, slot_mapping = _leave_padding_out(key, value, slot_mapping)
+    else:
+        key, value, slot_mapping = _send_padding_to_null_block(key, value, slot_mapping)
+    _scatter(key, key_cache, slot_mapping)
+    _scatter(value, value_cache, slot_mapping)
+
+
+def gather_kv(cache_view: torch.Tensor, block_ids: Sequence[int], length: int) -> torch.Tensor:
+    """Copy a request's first ``length`` tokens out of K or V, block after block; reads no slot past them.
+
+    :param cache_view: strided view (num_blocks, block_size, Hk, D).
+    :return: (length, Hk, D), contiguous.
+    :raises IntegrityError: if the blocks do not hold that many tokens.
+    """
+    block_size = cache_view.shape[1]
+    if not 0 <= length <= len(block_ids) * block_size:
+        raise IntegrityError(
+            f"{length} tokens are asked of {len(block_ids)} blocks of {block_size}",
+            value=length,
+            expected=f"0 to {len(block_ids) * block_size}",
+        )
+    tokens = torch.empty((length, *cache_view.shape[2:]), dtype=cache_view.dtype, device=cache_view.device)
+    for position, block_id in enumerate(block_ids):
+        start, end = position * block_size, min((position + 1) * block_size, length)
+        if start < end:
+            tokens[start:end] = cache_view[block_id, : end - start]
+    return tokens
+
+
+def _leave_padding_out(
+    key: torch.Tensor, value: torch.Tensor, slots: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    kept = slots >= 0
+    return key[kept], value[kept], slots[kept]
+
+
+def _send_padding_to_null_block(
+    key: torch.Tensor, value: torch.Tensor, slots: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    padding = (slots < 0)[:, None, None]
+    return key.masked_fill(padding, 0), value.masked_fill(padding, 0), slots.clamp(min=0)
+
+
+def _scatter(rows: torch.Tensor, cache: torch.Tensor, slots: torch.Tensor) -> None:
+    block_size = cache.shape[1]
+    if rows.dtype != cache.dtype:
+        limits = torch.finfo(cache.dtype)
+        rows = rows.clamp(limits.min, limits.max).to(cache.dtype)
+    if cache.stride(0) == cache.stride(1) * block_size:
+        cache.view(-1, *cache.shape[2:]).index_put_((slots,), rows)
+    else:
+        cache.index_put_((slots // block_size, slots % block_size), rows)
+
+
+def _check_fit(name: str, rows: torch.Tensor, cache: torch.Tensor, slots: torch.Tensor) -> None:
+    expected = (*slots.shape, *cache.shape[2:])
+    if rows.shape != expected or slots.dim() != 1:
+        raise ConfigError(
+            f"{name} has shape {tuple(rows.shape)}; {slots.numel()} slots of this cache take {expected}",
+            option=name,
+            value=tuple(rows.shape),
+            expected=expected,
+        )
+    if not (rows.dtype.is_floating_point and cache.dtype.is_floating_point) and rows.dtype != cache.dtype:
+        raise ConfigError(
+            f"{name} is {rows.dtype} and its cache {cache.dtype}: they need scales, which nobody gave",
+            option=name,
+            value=str(rows.dtype),
+            expected=str(cache.dtype),
+        )
+
+
+def _check_slots(slots: torch.Tensor, count: int) -> bool:
+    """Whether some slots are padding; refuses those outside the cache."""
+    if slots.numel() == 0:
+        return False
+    low, high = (int(end) for end in torch.aminmax(slots))
+    if low < PADDING_SLOT or high >= count:
+        wrong = low if low < PADDING_SLOT else high
+        raise IntegrityError(
+            f"slot {wrong} is outside the cache, which has {count} slots",
+            value=wrong,
+            expected=f"-1 to {count - 1}",
+        )
+    return low < 0

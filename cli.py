@@ -1,0 +1,174 @@
+"""The command ``makeready``: launch, plan, doctor. Bad input ends with exit code 2 and a sentence, no traceback."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import click
+
+from .config import KV_CACHE_DTYPES, LAYOUTS, MAMBA_CACHE_MODES
+from .device import parse_bytes
+from .errors import MakereadyError
+
+Decorator = Callable[[Callable[..., Any]], Callable[..., Any]]
+
+
+class ByteSize(click.ParamType):
+    """An option that takes ``80GiB``, ``512MB`` or plain bytes."""
+
+    name = "size"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
+        """Bytes, as an int."""
+        return parse_bytes(value, option=param.opts[0] if param else "memory")
+
+
+def _options(*decorators: Decorator) -> Decorator:
+    def apply(command: Callable[..., Any]) -> Callable[..., Any]:
+        for decorator in reversed(decorators):
+            command = decorator(command)
+        return command
+
+    return apply
+
+
+_JSON = click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead of text.")
+
+_DECISIONS = _options(
+    click.option("--backend", help="Attention backend for every layer: flex, flash, reference or a plugin's."),
+    click.option("--block-size", type=int, help="KV block size in tokens. Checked and kept, never replaced."),
+    click.option(
+        "--kv-cache-dtype",
+        default="auto",
+        show_default=True,
+        help=f"Dtype of K and V in the cache: {', '.join(KV_CACHE_DTYPES)}.",
+    ),
+    click.option(
+        "--layout", default="auto", show_default=True, help=f"Physical order of pages: {', '.join(LAYOUTS)}."
+    ),
+    click.option(
+        "--mamba-cache-mode",
+        default="none",
+        show_default=True,
+        help=f"Where states are kept: {', '.join(MAMBA_CACHE_MODES)}.",
+    ),
+    click.option(
+        "--mamba-block-size", type=int, help="Tokens between kept states (align, all). Respected or refused."
+    ),
+    click.option("--mamba-cache-dtype", default="auto", show_default=True, help="Dtype of convolution states."),
+    click.option("--mamba-ssm-cache-dtype", default="auto", show_default=True, help="Dtype of recurrent states."),
+    click.option("--dtype", default="auto", show_default=True, help="Dtype of weights and activations."),
+    click.option("--max-model-len", type=int, help="Longest sequence, prompt and output together, in tokens."),
+    click.option("--memory", "memory_bytes", type=ByteSize(), help="Memory for the cache, such as 80GiB."),
+)
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
+@click.version_option(package_name="makeready", message="makeready %(version)s")
+def cli() -> None:
+    """Everything between `import engine` and the first token that depends on the hardware.
+
+    \b
+    makeready launch                      run the small hybrid model that comes with the package
+    makeready plan MODEL --platform xpu   decide without the device
+    makeready doctor                      what is installed, probed, chosen or refused, and why
+    """
+
+
+@cli.command()
+@click.argument("model")
+@click.option("--platform", help="Platform to plan for: cpu, cuda, xpu or a plugin's. It need not be here.")
+@click.option("--tensor-parallel-size", "--tp", type=int, default=1, show_default=True, help="Ranks per layer.")
+@click.option("--num-speculative-tokens", type=int, default=0, show_default=True, help="Draft tokens per step.")
+@click.option("--device-memory", "device_memory_bytes", type=ByteSize(), help="Total memory of the device.")
+@click.option(
+    "--engine",
+    default="vllm",
+    show_default=True,
+    help="Whose states are stored: vllm (convolutions keep K-1 columns) or transformers (K columns, float32 states).",
+)
+@click.option("--explain", is_flag=True, help="Add the reason of every decision.")
+@_DECISIONS
+@_JSON
+def plan(model: str, as_json: bool, explain: bool, **options: Any) -> None:
+    """Decide backends, block size, pages and capacity for MODEL, without the device.
+
+    MODEL is a preset name (`makeready plan list` prints them), a checkpoint directory or a config.json.
+
+    \b
+    makeready plan nvidia/NVIDIA-Nemotron-3-Nano-30B-A3B-BF16 --platform xpu --memory 40GiB
+    makeready plan ./checkpoint --platform cuda --tp 4 --kv-cache-dtype fp8 --json
+    """
+    from .startup import plan as decide
+
+    if model == "list":
+        _list_presets(as_json)
+        return
+    decided = decide(model, **_given(options)).to_dict()
+    if as_json:
+        _print_json(decided)
+        return
+    from rich.console import Console
+
+    from .report import plan_summary, print_to, reasons
+
+    console = Console()
+    print_to(console, plan_summary(decided))
+    if explain:
+        print_to(console, "", reasons(decided))
+
+
+@cli.command()
+@_JSON
+def doctor(as_json: bool) -> None:
+    """Show every platform, backend and plugin: seen, probed, chosen or refused, and why."""
+    from .plugins.doctor import examine
+    from .plugins.manager import load_plugins
+
+    report = examine(load_plugins()).to_dict()
+    if as_json:
+        _print_json(report)
+        return
+    from rich.console import Console
+
+    from .report import doctor_summary, print_to
+
+    print_to(Console(), doctor_summary(report))
+
+
+def _given(options: dict[str, Any]) -> dict[str, Any]:
+    """The options that were given: ``None`` leaves the default of the settings records in force."""
+    return {name: value for name, value in options.items() if value is not None}
+
+
+def _list_presets(as_json: bool) -> None:
+    from .hybrid.presets import preset_names
+
+    names = list(preset_names())
+    if as_json:
+        _print_json({"presets": names})
+    else:
+        click.echo("\n".join(names))
+
+
+def _print_json(value: object) -> None:
+    click.echo(json.dumps(value, indent=2, allow_nan=False))
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Entry point of the console script; exits with 0, or 2 on bad input."""
+    given = sys.argv[1:] if arguments is None else arguments
+    try:
+        cli.main(args=given, prog_name="makeready")
+    except MakereadyError as error:
+        if "--json" in given:
+            _print_json(error.to_dict())
+        click.echo(f"error: {error}", err=True)
+        sys.exit(2)
+
+
+if __name__ == "__main__":
+    main()
