@@ -1,0 +1,271 @@
+"""From a model, a platform and a backend per layer to the finished plan. Needs neither torch nor the device."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from types import MappingProxyType
+
+from ..attention_backends.interface import Capabilities
+from ..cache.block_size import Constraint
+from ..cache.capacity import Capacity, Holding, plan_capacity
+from ..cache.grouping import group_layers, pool_bytes_per_block, slots_per_block
+from ..cache.specs import AttentionSpec, LayerGroup, LayerSpec, MambaSpec
+from ..config import EngineConfig
+from ..device import DeviceFacts, format_bytes
+from ..errors import BackendError, CapacityError, ConfigError
+from ..hybrid.model_specs import ModelSpec
+from .decision import BlockSizeDecision, BlockSizeRequest
+from .interface import Platform
+from .plan import Plan, PlannedLayer
+
+LENGTHS = (512, 4096, 32768, 131072)
+"""Request lengths, in tokens, that concurrency is counted for, beside the longest."""
+NOTABLE_PADDING_PCT = 10.0
+
+
+def block_size_request(
+    model: ModelSpec,
+    backends: Mapping[int, Capabilities],
+    config: EngineConfig,
+    *,
+    extra_constraints: Iterable[Constraint] = (),
+    preferred_block_sizes: Mapping[str, int] | None = None,
+    prefill_checkpoint_alignment: int | None = None,
+) -> BlockSizeRequest:
+    """What the platform decides the block size from; plugins may look at it before it gets their constraints.
+
+    :param backends: per attention layer the capabilities of its backend.
+    """
+    cache = config.cache
+    return BlockSizeRequest(
+        attention=tuple(dict.fromkeys(_attention(model.layers))),
+        states=tuple(dict.fromkeys(_states(model.layers))),
+        backends=tuple(dict.fromkeys(backends[layer.layer] for layer in model.attention_layers)),
+        preferred_block_sizes=MappingProxyType(dict(preferred_block_sizes or {})),
+        block_size=cache.block_size,
+        mamba_block_size=cache.mamba_block_size,
+        mamba_cache_mode=cache.mamba_cache_mode,
+        max_model_len=_asked_max_model_len(model, config),
+        prefill_checkpoint_alignment=prefill_checkpoint_alignment,
+        extra_constraints=tuple(extra_constraints),
+    )
+
+
+def plan_model(
+    model: ModelSpec,
+    platform: Platform,
+    backends: Mapping[int, Capabilities],
+    config: EngineConfig,
+    device: DeviceFacts | None = None,
+    *,
+    extra_constraints: Iterable[Constraint] = (),
+    preferred_block_sizes: Mapping[str, int] | None = None,
+    prefill_checkpoint_alignment: int | None = None,
+    reasons: Sequence[str] = (),
+    refusals: Sequence[str] = (),
+) -> Plan:
+    """Decide block size, pages, groups and capacity.
+
+    :param backends: per attention layer the capabilities of its backend.
+    :param device: facts of the device; ``None`` plans without its memory.
+    :param reasons: sentences of earlier decisions (platform, backends), put first.
+    :param refusals: sentences about what was not chosen.
+    :raises BlockSizeError: if no block size suits all, or the user's does not.
+    :raises CapacityError: if one request cannot fit into the memory.
+    :raises BackendError: if an attention layer has no backend.
+    """
+    _require_backends(model, backends)
+    request = block_size_request(
+        model,
+        backends,
+        config,
+        extra_constraints=extra_constraints,
+        preferred_block_sizes=preferred_block_sizes,
+        prefill_checkpoint_alignment=prefill_checkpoint_alignment,
+    )
+    decision = platform.update_block_size_for_backend(request)
+    groups = group_layers(
+        model.layers, decision.block_size, _state_block_size(decision, request.max_model_len)
+    )
+    per_block = pool_bytes_per_block(groups, decision.page_bytes)
+    said = [*reasons, *model.notes, *decision.reasons, *_grouping_reasons(groups, per_block)]
+    warnings = _warnings(decision, groups, per_block)
+    capacity = _capacity(model, config, device, groups, per_block, request.max_model_len, said)
+    max_model_len = _served_max_model_len(config, capacity, groups, per_block, request.max_model_len, warnings)
+    return Plan(
+        model=model,
+        platform=platform.name,
+        decision=decision,
+        groups=groups,
+        layers=tuple(_planned(layer, backends, decision) for layer in model.layers),
+        slots_per_block=slots_per_block(groups),
+        pool_bytes_per_block=per_block,
+        max_model_len=max_model_len,
+        capacity=capacity,
+        reasons=tuple(said),
+        refusals=tuple(refusals),
+        warnings=tuple(warnings),
+    )
+
+
+def _attention(layers: Iterable[LayerSpec]) -> Iterable[AttentionSpec]:
+    return (layer.spec for layer in layers if isinstance(layer.spec, AttentionSpec))
+
+
+def _states(layers: Iterable[LayerSpec]) -> Iterable[MambaSpec]:
+    return (layer.spec for layer in layers if isinstance(layer.spec, MambaSpec))
+
+
+def _require_backends(model: ModelSpec, backends: Mapping[int, Capabilities]) -> None:
+    missing = [layer.layer for layer in model.attention_layers if layer.layer not in backends]
+    if missing:
+        raise BackendError(
+            f"attention layers {missing} of {model.name} have no backend; each needs one",
+            option="backend",
+            value=missing,
+            expected="a backend for every attention layer",
+        )
+
+
+def _asked_max_model_len(model: ModelSpec, config: EngineConfig) -> int:
+    """The user's longest sequence, which the model has to allow, or the model's."""
+    asked = config.model.max_model_len
+    if asked is None:
+        return model.max_model_len
+    if asked > model.max_model_len:
+        raise ConfigError(
+            f"max_model_len {asked} is more than the {model.max_model_len} tokens that {model.name} allows",
+            option="max_model_len",
+            value=asked,
+            expected=f"<= {model.max_model_len}",
+        )
+    return asked
+
+
+def _state_block_size(decision: BlockSizeDecision, max_model_len: int) -> int:
+    return decision.mamba_block_size or max_model_len
+
+
+def _planned(
+    layer: LayerSpec, backends: Mapping[int, Capabilities], decision: BlockSizeDecision
+) -> PlannedLayer:
+    if isinstance(layer.spec, MambaSpec):
+        return PlannedLayer(
+            layer=layer.layer, kind=layer.kind, backend=None, page_bytes=layer.spec.state_bytes
+        )
+    return PlannedLayer(
+        layer=layer.layer,
+        kind=layer.kind,
+        backend=backends[layer.layer].name,
+        page_bytes=layer.spec.page_size_bytes(decision.block_size),
+    )
+
+
+def _grouping_reasons(groups: Sequence[LayerGroup], per_block: int) -> list[str]:
+    sizes = ", ".join(f"{len(group.layers)} x {group.kind}" for group in groups)
+    return [
+        f"groups: {len(groups)} ({sizes}); a block id serves one group and takes {per_block} bytes, pages for the "
+        f"largest."
+    ]
+
+
+def _warnings(decision: BlockSizeDecision, groups: Sequence[LayerGroup], per_block: int) -> list[str]:
+    """What costs memory more than one would expect, with the numbers."""
+    found = []
+    raw = decision.state_raw_bytes
+    if raw and 100 * (decision.state_page_bytes - raw) > NOTABLE_PADDING_PCT * raw:
+        pct = 100 * (decision.state_page_bytes - raw) / raw
+        found.append(
+            f"states of {raw} bytes take pages of {decision.state_page_bytes} bytes, {pct:.1f} % of their size is padding."
+        )
+    floor = len(groups) * per_block
+    if decision.block_size > 8 * decision.phase1_block_size:
+        found.append(
+            f"blocks grew from {decision.phase1_block_size} to {decision.block_size} tokens to hold a state, so that "
+            f"the shortest request takes {format_bytes(floor)}: {len(groups)} groups x {format_bytes(per_block)}."
+        )
+    return found
+
+
+def _capacity(
+    model: ModelSpec,
+    config: EngineConfig,
+    device: DeviceFacts | None,
+    groups: Sequence[LayerGroup],
+    per_block: int,
+    max_model_len: int,
+    reasons: list[str],
+) -> Capacity | None:
+    budget = None if config.cache.num_blocks is not None else _budget(model, config, device, reasons)
+    if not groups or (budget is None and config.cache.num_blocks is None):
+        reasons.append("capacity: not computed, no memory budget was given and the device's memory is not known.")
+        return None
+    return plan_capacity(
+        groups,
+        per_block,
+        memory_bytes=budget,
+        num_blocks=config.cache.num_blocks,
+        lengths=tuple(sorted({n for n in (*LENGTHS, max_model_len) if n <= max_model_len})),
+        max_model_len=max_model_len,
+        holding=_holding(config),
+    )
+
+
+def _holding(config: EngineConfig) -> Holding:
+    """Sliding windows count in full: an engine that frees blocks early only needs less."""
+    return Holding(mamba_cache_mode=config.cache.mamba_cache_mode)
+
+
+def _budget(
+    model: ModelSpec, config: EngineConfig, device: DeviceFacts | None, reasons: list[str]
+) -> int | None:
+    """Bytes for the cache on this rank: the setting, or what the device has beside the weights."""
+    if config.cache.memory_bytes is not None:
+        reasons.append(f"memory: {format_bytes(config.cache.memory_bytes)} for the cache as the user set.")
+        return config.cache.memory_bytes
+    total = config.device.device_memory_bytes or (device.memory_bytes if device is not None else None)
+    if total is None:
+        return None
+    share = int(total * config.cache.memory_fraction)
+    weights = -(-(model.weights_bytes or 0) // model.tensor_parallel_size)
+    known = f"{format_bytes(weights)} of weights" if weights else "weights, which are not known and count as 0"
+    reasons.append(
+        f"memory: {config.cache.memory_fraction:g} of {format_bytes(total)} less {known} leaves "
+        f"{format_bytes(max(0, share - weights))} for the cache."
+    )
+    if share <= weights:
+        raise CapacityError(
+            f"{config.cache.memory_fraction:g} of the device's {format_bytes(total)} is {format_bytes(share)}, and the "
+            f"weights alone take {format_bytes(weights)}; use more memory, more ranks or a smaller model",
+            option="memory_fraction",
+            value=config.cache.memory_fraction,
+            expected=f"more than {weights} bytes",
+        )
+    return share - weights
+
+
+def _served_max_model_len(
+    config: EngineConfig,
+    capacity: Capacity | None,
+    groups: Sequence[LayerGroup],
+    per_block: int,
+    max_model_len: int,
+    warnings: list[str],
+) -> int:
+    """The longest request: what the user asked for has to fit, the model's own maximum is cut to what fits."""
+    if capacity is None or capacity.max_tokens >= max_model_len:
+        return max_model_len
+    needed = _holding(config).request_bytes(groups, per_block, max_model_len)
+    if config.model.max_model_len is not None:
+        raise CapacityError(
+            f"one request of max_model_len {max_model_len} needs {format_bytes(needed)} ({needed} bytes) of cache, and "
+            f"there are {format_bytes(capacity.memory_bytes)}; the longest that fits is {capacity.max_tokens}",
+            option="max_model_len",
+            value=max_model_len,
+            expected=f"<= {capacity.max_tokens}",
+        )
+    warnings.append(
+        f"one request of the model's {max_model_len} tokens would need {format_bytes(needed)}; the longest that "
+        f"fits and is served is {capacity.max_tokens}."
+    )
+    return capacity.max_tokens
