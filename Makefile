@@ -1,0 +1,62 @@
+# The first run of a target makes a virtual environment and installs into it; later runs start at once.
+# Settings:  make launch ARGS="--prompt 'Once upon'"    PYTHON=python3.12    TORCH_INDEX=URL-of-an-index-with-torch
+
+PYTHON ?= python3
+VENV ?= .venv
+OLDEST ?= .venv-5.17
+ARGS ?=
+TORCH_INDEX ?=
+ENGINE_TESTS ?= $(wildcard tests/test_engine*.py)
+
+BIN := $(VENV)/bin
+PIP_OPTIONS := --quiet --disable-pip-version-check $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX))
+TYPING := .cache/typing
+
+.DEFAULT_GOAL := help
+.PHONY: help launch test test-oldest lint wheel-check clean
+
+help:  ## show the targets
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+launch: $(VENV)/.engine  ## generate text with the small hybrid model that comes with the package
+	@$(BIN)/makeready launch $(ARGS)
+
+test: $(VENV)/.dev  ## run the whole test-suite
+	$(BIN)/python -m pytest $(ARGS)
+
+test-oldest: $(OLDEST)/.dev  ## run the engine's tests with the oldest transformers that is served
+	$(OLDEST)/bin/python -m pytest $(ENGINE_TESTS) $(ARGS)
+
+lint: $(VENV)/.dev $(TYPING)/makeready  ## ruff, mypy --strict and the import contracts
+	$(BIN)/ruff check .
+	MYPYPATH=$(TYPING) $(BIN)/mypy --strict -p makeready
+	PYTHONPATH=$(TYPING) $(BIN)/lint-imports --no-cache
+
+wheel-check: $(VENV)/.dev  ## build a wheel from the committed tree and use it in an empty environment
+	tests/wheel_check.sh $(BIN)/python
+
+clean:  ## remove the environments and caches
+	rm -rf $(VENV) $(OLDEST) .cache build dist *.egg-info
+
+# pip's own copy is enough to install, but wheels are built by the setuptools that constraints.txt names.
+$(VENV)/.engine: pyproject.toml constraints.txt
+	@echo "installing makeready into $(VENV) (this is done once) ..."
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@$(BIN)/python -m pip install $(PIP_OPTIONS) -e '.[engine]' -c constraints.txt
+	@touch $@
+
+$(VENV)/.dev: $(VENV)/.engine
+	@echo "installing the test tools into $(VENV) (this is done once) ..."
+	@$(BIN)/python -m pip install $(PIP_OPTIONS) -e '.[engine,dev]' -c constraints.txt
+	@touch $@
+
+$(OLDEST)/.dev: pyproject.toml constraints-oldest.txt
+	@echo "installing makeready with the oldest transformers into $(OLDEST) (this is done once) ..."
+	@test -x $(OLDEST)/bin/python || $(PYTHON) -m venv $(OLDEST)
+	@$(OLDEST)/bin/python -m pip install $(PIP_OPTIONS) -e '.[engine]' pytest hypothesis -c constraints-oldest.txt
+	@touch $@
+
+# The repository root is the package, so the type checker and the import linter see it under its name by a link.
+$(TYPING)/makeready:
+	@mkdir -p $(TYPING)
+	@ln -sfn $(CURDIR) $@
