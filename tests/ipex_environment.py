@@ -138,7 +138,7 @@ def make_environment(folder: Path, *, wheels: Path | None = None, engine: bool =
     site_packages = sysconfig.get_path("purelib", "venv", {"base": str(folder), "platbase": str(folder)})
     for stub in make_stubs(Path(site_packages)):
         print(f"made {stub.name}, {stub.stat().st_size} bytes")
-    check = "import torch, intel_extension_for_pytorch as ipex; print('torch', torch.__version__, 'ipex', ipex.__version__)"
+    check = "import torch, intel_extension_for_pytorch as ipex; print(torch.__version__, ipex.__version__)"
     subprocess.run([str(python), "-c", check], check=True)
     return python
 

@@ -87,9 +87,7 @@ class IpexProvider(FlashProvider):
         """
         refusal = self._why_not(request.device) or _outside(request, self.constraints(request.device))
         if refusal is not None:
-            raise BackendError(
-                f"flash by ipex: {refusal}", option="backend", value="flash", expected="another backend"
-            )
+            raise BackendError(f"flash by ipex: {refusal}", option="backend", value="flash", expected="another backend")
         from .ipex_attention import IpexAttention
         from .self_check import check_against_reference
 
@@ -117,7 +115,7 @@ class IpexProvider(FlashProvider):
         return self._why_not_loaded(ipex)
 
     def _why_not_loaded(self, ipex: str) -> str | None:
-        """Import errors and missing kernels as a sentence; IPEX ends the process from its import where it dislikes it."""
+        """Import errors (IPEX may even exit from its import) and missing kernels, as a sentence."""
         try:
             kernels = self._load()
         except (Exception, SystemExit) as error:
@@ -141,9 +139,9 @@ def _outside(request: BuildRequest, can: Capabilities) -> str | None:
     if spec.dtype != request.dtype:
         return f"K and V are kept as {spec.dtype}, but these kernels read only the queries' dtype {request.dtype}"
     if not spec.mla and spec.head_size_v != spec.head_size:
-        return f"head size of K {spec.head_size} and of V {spec.head_size_v} differ, and these kernels take one for both"
+        return f"head size of K {spec.head_size} and of V {spec.head_size_v} differ; these kernels take one for both"
     if spec.head_size > can.max_head_size:
-        return f"head size {spec.head_size} is above {can.max_head_size}, the largest that was compared with the reference"
+        return f"head size {spec.head_size} is above {can.max_head_size}, the largest that was tried"
     if spec.sliding_window == 1:
         return "a sliding window of 1 is computed wrong by the varlen kernel, which takes it for no window"
     return None
