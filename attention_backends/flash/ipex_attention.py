@@ -124,18 +124,17 @@ class IpexAttention(AttentionImpl):
     def _kernel_blocks_per_page(self, key: torch.Tensor, call: AttentionCall) -> int | None:
         """From one page to the next in kernel blocks, or ``None`` where the decode kernel cannot serve.
 
-        It cannot where soft cap and window meet, for groups that its buffer does not hold, and where neither the
-        block nor the page is a whole number of kernel blocks worth having.
+        It cannot where soft cap and window meet, for groups that its buffer does not hold, and where a block has
+        to be split but its page is no whole number of kernel blocks, or they are too small to be worth it.
         """
         _, _, block_size, head_size = key.shape
         kernel_block = gcd(block_size, PARTITION)
-        both = call.soft_cap is not None and call.sliding_window is not None
-        if both or not self._group_fits or kernel_block < min(SMALLEST_KERNEL_BLOCK, block_size):
+        if (call.soft_cap is not None and call.sliding_window is not None) or not self._group_fits:
             return None
-        if key.shape[0] == 1:
-            return block_size // kernel_block
+        if kernel_block == block_size:
+            return 1
         pages, rest = divmod(key.stride(0), kernel_block * head_size)
-        return None if rest else pages
+        return None if rest or kernel_block < SMALLEST_KERNEL_BLOCK else pages
 
     def _decode(
         self,
