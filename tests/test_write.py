@@ -18,9 +18,7 @@ HEADS, WIDTH, WIDTH_V, NUM_BLOCKS = 2, 8, 4, 23
 
 
 def make(order="NHD", dtype="float32", block_size=4, pad=0, device=CPU):
-    spec = AttentionSpec(
-        num_query_heads=4, num_kv_heads=HEADS, head_size=WIDTH, head_size_v=WIDTH_V, dtype=dtype
-    )
+    spec = AttentionSpec(num_query_heads=4, num_kv_heads=HEADS, head_size=WIDTH, head_size_v=WIDTH_V, dtype=dtype)
     layers = tuple(LayerSpec(layer=i, spec=spec) for i in range(3))
     layout = CacheLayout(
         order=order,
@@ -88,17 +86,13 @@ def test_every_layout_against_a_dict_of_tokens(order, dtype, lens, block_size, p
     got = token_bytes(cache, 1)
     assert all(same(got[place], numbers) for place, numbers in expected.items())
     for neighbour in (0, 2):
-        assert all(tensor.float().isnan().all() for tensor in cache.key_value(neighbour)), (
-            "other layers untouched"
-        )
+        assert all(tensor.float().isnan().all() for tensor in cache.key_value(neighbour)), "other layers untouched"
     for table, length in zip(tables, lens, strict=True):
         for name, view in zip("kv", cache.key_value(1), strict=True):
             read = gather_kv(view, table.blocks, length)
             assert read.shape == (length, HEADS, view.shape[3])
             rows = read.float().flatten(1).tolist()
-            assert all(
-                same(row, expected[name, s]) for row, s in zip(rows, table.slots(0, length), strict=True)
-            )
+            assert all(same(row, expected[name, s]) for row, s in zip(rows, table.slots(0, length), strict=True))
 
 
 def test_rows_may_be_strided_and_overflow_saturates():
@@ -124,15 +118,11 @@ def test_what_does_not_fit_is_refused_and_nothing_is_written():
     cache = make()
     views, slots = cache.key_value(0), torch.tensor([4, 5])
     key, value = torch.ones(2, HEADS, WIDTH), torch.ones(2, HEADS, WIDTH_V)
-    with pytest.raises(
-        ConfigError, match=r"key has shape \(2, 1, 8\); 2 slots of this cache take \(2, 2, 8\)"
-    ):
+    with pytest.raises(ConfigError, match=r"key has shape \(2, 1, 8\); 2 slots of this cache take \(2, 2, 8\)"):
         write_kv(key[:, :1], value, *views, slots)
     with pytest.raises(ConfigError, match=r"value has shape \(1, 2, 4\)"):
         write_kv(key, value[:1], *views, slots)
-    with pytest.raises(
-        ConfigError, match=r"key is torch.int64 and its cache torch.float32: they need scales"
-    ):
+    with pytest.raises(ConfigError, match=r"key is torch.int64 and its cache torch.float32: they need scales"):
         write_kv(key.long(), value, *views, slots)
     for slot in (NUM_BLOCKS * 4, -2):
         with pytest.raises(IntegrityError, match=f"slot {slot} is outside the cache, which has 92 slots"):
