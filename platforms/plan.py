@@ -45,6 +45,11 @@ class Plan:
     warnings: tuple[str, ...]
 
     @property
+    def block_size(self) -> int:
+        """Tokens of a block of an attention group."""
+        return self.decision.block_size
+
+    @property
     def page_bytes(self) -> int:
         """The one page size of the pool, in bytes."""
         return self.decision.page_bytes
