@@ -7,7 +7,7 @@ from ..attention_backends.flex import FlexBackend
 from ..attention_backends.interface import AttentionBackend
 from ..attention_backends.reference import ReferenceBackend
 from ..device import DeviceFacts
-from ..platforms.cpu import CPU
+from ..platforms.cpu import CpuPlatform
 from ..platforms.probing import probe_cpu
 from ..platforms.provider import PlatformProvider
 from .hookspecs import hookimpl
@@ -21,7 +21,7 @@ class CpuPlugin:
         """This machine's CPU."""
         return (
             PlatformProvider(
-                name="cpu", platform=CPU, probe=probe_cpu, distribution="makeready"
+                name="cpu", platform=CpuPlatform(), probe=probe_cpu, distribution="makeready"
             ),
         )
 
