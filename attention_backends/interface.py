@@ -31,6 +31,8 @@ class Capabilities:
     """Dtypes of queries and outputs."""
     kv_cache_dtypes: frozenset[str]
     """Dtypes of K and V in the cache."""
+    same_kv_dtype: bool = False
+    """True if K and V must be stored in the queries' dtype."""
     kernel_block_multiple: int = 1
     """A kernel block is a multiple of this many tokens."""
     kernel_block_sizes: tuple[int, ...] = ()
@@ -92,6 +94,14 @@ class AttentionBackend(ABC):
         """The smallest block size, in tokens, that this backend would choose, from the platform's ``default``."""
         multiple = self.capabilities(device).kernel_block_multiple
         return -(-default // multiple) * multiple
+
+    def get_kernel_block_size(
+        self, device: DeviceFacts, block_size: int, config: AttentionConfig | None = None
+    ) -> int:
+        """The kernel block, in tokens, that this backend would choose for blocks of ``block_size``."""
+        capabilities = self.capabilities(device)
+        fitting = [size for size in capabilities.kernel_block_sizes if block_size % size == 0]
+        return max(fitting, default=block_size if capabilities.exact_block_sizes else capabilities.kernel_block_multiple)
 
     @abstractmethod
     def probe(self, device: DeviceFacts) -> Probe:

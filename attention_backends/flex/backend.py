@@ -1,0 +1,114 @@
+"""What flex declares on each kind of device. No torch but inside :meth:`FlexBackend.probe` and ``build``."""
+
+from __future__ import annotations
+
+from importlib.util import find_spec
+
+from ...config import DTYPES, LAYOUTS, AttentionConfig
+from ...device import DeviceFacts
+from ..interface import AttentionBackend, AttentionImpl, BuildRequest, Capabilities, Probe
+from .settings import flex_settings, largest_kernel_block
+
+DEVICE_TYPES = ("cpu", "cuda", "xpu", "hpu", "mps")
+"""What torch's flex_attention accepts; any other device is refused there by name."""
+INT32_ELEMENTS = 2**31 - 1
+FIRST_TORCH_WITH_LONG_INDEX = (2, 14)
+
+
+class FlexBackend(AttentionBackend):
+    """Block masks straight from the block table: the cache is never copied, and only live blocks are read."""
+
+    name = "flex"
+
+    def capabilities(self, device: DeviceFacts) -> Capabilities:
+        """Nothing outside :data:`DEVICE_TYPES`; on a GPU the limits of torch's Triton templates."""
+        known = device.device_type in DEVICE_TYPES
+        cpu = device.device_type == "cpu"
+        dtypes = frozenset(DTYPES if known else ())
+        return Capabilities(
+            name=self.name,
+            dtypes=dtypes,
+            kv_cache_dtypes=dtypes,
+            same_kv_dtype=True,
+            kernel_block_multiple=16,
+            # Triton's matrix products want at least 16 columns, and tiles that fit in shared memory.
+            head_size_multiple=1 if cpu else 16,
+            max_head_size=1 << 30 if cpu else 256,
+            layouts=LAYOUTS if known else (),
+            sliding_window=known,
+            soft_cap=known,
+            # A sink rescales the output by its log-sum-exp, which the compiled CPU kernel does not return.
+            sinks=device.device_type in ("cuda", "xpu"),
+            encoder_only=known,
+            mla=known,
+            reads_unwritten_slots=True,
+            max_view_elements=None if cpu or _indexes_in_64_bits(device) else INT32_ELEMENTS,
+        )
+
+    def get_kernel_block_size(
+        self, device: DeviceFacts, block_size: int, config: AttentionConfig | None = None
+    ) -> int:
+        """``flex_attn_kv_block_size`` if set, else the largest power of two up to 128 in the block."""
+        wanted = config.flex_attn_kv_block_size if config is not None else None
+        return wanted if wanted is not None else largest_kernel_block(block_size)
+
+    def probe(self, device: DeviceFacts) -> Probe:
+        """Torch, a device type that flex_attention accepts, and the compiler that its templates need."""
+        if device.device_type not in DEVICE_TYPES:
+            return _no(f"torch's flex_attention serves {', '.join(DEVICE_TYPES)}, not {device.device_type}")
+        if find_spec("torch") is None:
+            return _no("flex needs torch, which is not installed: pip install torch")
+        return _probe_cpu() if device.device_type == "cpu" else _probe_triton(device)
+
+    def build(self, request: BuildRequest) -> AttentionImpl:
+        """Check the request against the settings and the address range; compile on first use.
+
+        :raises BackendError: with both numbers, for a block, tile, dtype or cache that cannot be served.
+        """
+        settings = flex_settings(request, self.capabilities(request.device))
+        from .impl import FlexAttention
+
+        return FlexAttention(settings)
+
+
+def _no(reason: str) -> Probe:
+    return Probe(available=False, reason=reason)
+
+
+def _probe_cpu() -> Probe:
+    """The C++ template: AVX2 and a compiler."""
+    try:
+        import torch
+        from torch._inductor.cpp_builder import get_cpp_compiler
+
+        isa = torch.backends.cpu.get_cpu_capability()
+        if not isa.startswith("AVX"):
+            return _no(f"flex on CPU needs AVX2, and torch reports {isa}")
+        compiler = get_cpp_compiler()
+    except Exception as error:  # a broken installation or a missing compiler is an answer, not a crash
+        return _no(f"flex on CPU cannot compile: {error} (install g++)")
+    return Probe(
+        available=True, reason=f"flex_attention of torch {torch.__version__} with {isa} and {compiler}"
+    )
+
+
+def _probe_triton(device: DeviceFacts) -> Probe:
+    """The Triton templates: a torch that sees the device, and triton."""
+    try:
+        import torch
+
+        module = getattr(torch, device.device_type, None)
+        if module is None or not module.is_available():
+            return _no(f"torch {torch.__version__} sees no {device.device_type} device")
+    except Exception as error:  # a broken torch is an answer, not a crash
+        return _no(f"torch does not load: {error}")
+    if device.device_type in ("cuda", "xpu") and find_spec("triton") is None:
+        return _no("flex needs triton, which is not installed: pip install triton")
+    return Probe(available=True, reason=f"flex_attention of torch {torch.__version__} on {device.name}")
+
+
+def _indexes_in_64_bits(device: DeviceFacts) -> bool:
+    """Whether the probed torch addresses K and V with 64 bits; an unknown torch is taken to wrap."""
+    version = dict(device.versions).get("torch", "0.0")
+    major, minor, *_ = (int("".join(filter(str.isdigit, part)) or 0) for part in f"{version}.0".split("."))
+    return (major, minor) >= FIRST_TORCH_WITH_LONG_INDEX

@@ -1,0 +1,124 @@
+"""flex_attention compiled for fixed shapes, with its compilations counted and their limit an error."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from types import FunctionType
+from typing import Any
+
+import torch
+from torch.nn.attention.flex_attention import BlockMask, flex_attention
+
+from ...errors import BackendError
+from .masks import BlockLists, Modifier
+
+try:
+    from torch.nn.attention.flex_attention import AuxRequest
+except ImportError:  # before torch 2.9
+    AuxRequest = None  # type: ignore[assignment, misc]
+
+VARIANT_LIMIT = 256
+"""Compiled variants of one built backend: batch sizes x row lengths x masks x score modifiers."""
+
+
+class CompiledFlex:
+    """A torch.compile of its own, for static shapes.
+
+    With symbolic ones torch's C++ template (2.13) writes code that does not compile whenever the names of two
+    symbols happen to share a prefix, and the names are hashes.
+    """
+
+    def __init__(self, variant_limit: int = VARIANT_LIMIT) -> None:
+        self.compile_count = 0
+        self._limit = variant_limit
+        # Torch keeps compiled variants on the code object; a code object of its own keeps backends apart.
+        own = FunctionType(_attend.__code__.replace(), _attend.__globals__, "flex_attend")
+        self._call: Callable[..., Any] = torch.compile(
+            own, backend=self._compile, dynamic=False, fullgraph=True
+        )
+
+    def __call__(
+        self,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        lists: BlockLists,
+        blocks: tuple[int, int],
+        modifier: Modifier | None,
+        scale: float,
+        options: dict[str, Any],
+        lse: bool,
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Attention of (R, Hq, L, D) over (1, Hk, tokens, D).
+
+        :param blocks: (query block, KV block) of the mask.
+        :param lse: whether to return the log-sum-exp (R, Hq, L) as well.
+        :raises BackendError: when the variants exceed the limit; eager attention never takes over.
+        """
+        config = torch._dynamo.config
+        limits: dict[str, Any] = {
+            "recompile_limit": self._limit,
+            "accumulated_recompile_limit": self._limit,
+            "fail_on_recompile_limit_hit": True,
+        }
+        try:
+            with torch.no_grad(), config.patch(limits):
+                out: tuple[torch.Tensor, torch.Tensor | None] = self._call(
+                    query, key, value, lists, blocks, modifier, scale, options, lse
+                )
+                return out
+        except torch._dynamo.exc.FailOnRecompileLimitHit as error:
+            raise BackendError(
+                f"flex needs more than the {self._limit} compiled variants that it may have "
+                f"({self.compile_count} are compiled)",
+                option="backend",
+                value="flex",
+            ) from error
+
+    def _compile(self, graph: torch.fx.GraphModule, inputs: Sequence[torch.Tensor]) -> Callable[..., Any]:
+        from torch._inductor.compile_fx import compile_fx
+
+        self.compile_count += 1
+        compiled: Callable[..., Any] = compile_fx(graph, inputs)  # type: ignore[assignment]
+        return compiled
+
+
+def _attend(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    lists: BlockLists,
+    blocks: tuple[int, int],
+    modifier: Modifier | None,
+    scale: float,
+    options: dict[str, Any],
+    lse: bool,
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    mask = BlockMask.from_kv_blocks(
+        lists.masked_counts,
+        lists.masked,
+        lists.whole_counts,
+        lists.whole,
+        BLOCK_SIZE=blocks,
+        mask_mod=lists.mask,
+        seq_lengths=(query.shape[2], key.shape[2]),
+        compute_q_blocks=False,
+    )
+    extra: dict[str, Any] = {}
+    if lse:
+        extra = {"return_lse": True} if AuxRequest is None else {"return_aux": AuxRequest(lse=True)}
+    run: Any = flex_attention
+    out = run(
+        query,
+        key,
+        value,
+        score_mod=modifier,
+        block_mask=mask,
+        scale=scale,
+        enable_gqa=query.shape[1] != key.shape[1],
+        kernel_options=options,
+        **extra,
+    )
+    if not lse:
+        return out, None
+    return out[0], out[1] if AuxRequest is None else out[1].lse

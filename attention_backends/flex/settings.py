@@ -1,0 +1,180 @@
+"""The sizes that a built flex uses, checked once, with both numbers in every refusal. No torch."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from ...device import DeviceFacts
+from ...errors import BackendError
+from ..interface import BuildRequest, Capabilities
+
+MASK_QUERY_BLOCK = 128
+SHORT_ROW = 16
+"""Query rows of a draft to verify or a short prompt, padded to this length."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FlexSettings:
+    """Every size that decides which kernels get compiled."""
+
+    device: DeviceFacts
+    block_size: int
+    kernel_block_size: int
+    """KV block of the block mask, in tokens."""
+    mask_query_block: int
+    """Query block of the block mask, in tokens."""
+    row_lengths: tuple[int, ...]
+    """Query tokens of one row of a batch, ascending; a longer query takes several rows."""
+    row_step: int
+    """Batches are padded to powers of this many rows; padding rows visit no block."""
+    max_blocks_per_row: int
+    """Kernel blocks of the longest sequence."""
+    tile_m: int | None
+    tile_n: int | None
+    """The user's kernel tiles, or ``None`` for those chosen by dtype and head size."""
+    sinks: bool
+    max_view_elements: int | None
+
+    def batch_rows(self, rows: int) -> int:
+        """``rows`` padded to a compiled batch size."""
+        size = self.row_step if self.on_cpu else 1
+        while size < rows:
+            size *= self.row_step
+        return size
+
+    @property
+    def on_cpu(self) -> bool:
+        """True for torch's C++ template, which chooses its own tiles."""
+        return self.device.device_type == "cpu"
+
+
+def largest_kernel_block(block_size: int, limit: int = 128) -> int:
+    """The largest power of two up to ``limit`` that divides ``block_size``."""
+    return min(limit, block_size & -block_size)
+
+
+def flex_settings(request: BuildRequest, capabilities: Capabilities) -> FlexSettings:
+    """The settings of a build.
+
+    :raises BackendError: when a block, a tile, a dtype or the cache's size is outside what flex can serve.
+    """
+    on_cpu = request.device.device_type == "cpu"
+    kernel_block = _kernel_block(request, capabilities)
+    query_block = request.config.flex_attn_q_block_size or MASK_QUERY_BLOCK
+    _check_dtypes(request, capabilities)
+    _check_tiles(request, kernel_block, query_block, on_cpu)
+    _check_address_range(request, capabilities)
+    longest = request.config.flex_attn_q_block_size or (64 if on_cpu else MASK_QUERY_BLOCK)
+    blocks = -(-request.max_model_len // request.block_size)
+    return FlexSettings(
+        device=request.device,
+        block_size=request.block_size,
+        kernel_block_size=kernel_block,
+        mask_query_block=query_block,
+        row_lengths=tuple(sorted({1, min(SHORT_ROW, longest), longest})),
+        row_step=8 if on_cpu else 2,
+        max_blocks_per_row=blocks * (request.block_size // kernel_block),
+        tile_m=request.config.flex_attn_block_m,
+        tile_n=request.config.flex_attn_block_n,
+        sinks=capabilities.sinks,
+        max_view_elements=capabilities.max_view_elements,
+    )
+
+
+def _kernel_block(request: BuildRequest, capabilities: Capabilities) -> int:
+    """The user's KV block where given, else the planner's; it divides the block."""
+    wanted = request.config.flex_attn_kv_block_size
+    size = wanted or request.kernel_block_size
+    option = "flex_attn_kv_block_size" if wanted else "kernel_block_size"
+    if request.block_size % size:
+        raise BackendError(
+            f"{option} {size} does not divide the block size {request.block_size}; "
+            f"the largest that does is {largest_kernel_block(request.block_size)}",
+            option=option,
+            value=size,
+            expected=largest_kernel_block(request.block_size),
+        )
+    multiple = 1 if request.device.device_type == "cpu" else capabilities.kernel_block_multiple
+    if size % multiple or (multiple > 1 and size & (size - 1)):
+        raise BackendError(
+            f"{option} {size} is not a power of two of at least {multiple}, "
+            f"which torch's kernels on {request.device.device_type} need",
+            option=option,
+            value=size,
+            expected=f"a power of two >= {multiple}",
+        )
+    return size
+
+
+def _check_dtypes(request: BuildRequest, capabilities: Capabilities) -> None:
+    if request.device.device_type not in ("cpu", "cuda", "xpu", "hpu", "mps"):
+        raise BackendError(
+            f"flex cannot serve {request.device.platform}: torch's flex_attention refuses device type "
+            f"{request.device.device_type}",
+            option="backend",
+            value="flex",
+        )
+    if request.dtype not in capabilities.dtypes:
+        raise BackendError(
+            f"flex computes in {', '.join(sorted(capabilities.dtypes))}, not {request.dtype}",
+            option="dtype",
+            value=request.dtype,
+            expected=sorted(capabilities.dtypes),
+        )
+    if request.spec.dtype != request.dtype:
+        raise BackendError(
+            f"flex needs K and V in the queries' dtype {request.dtype}, and the cache holds "
+            f"{request.spec.dtype}",
+            option="kv_cache_dtype",
+            value=request.spec.dtype,
+            expected=request.dtype,
+        )
+
+
+def _check_tiles(request: BuildRequest, kernel_block: int, query_block: int, on_cpu: bool) -> None:
+    tiles = (
+        ("flex_attn_block_m", request.config.flex_attn_block_m, "flex_attn_q_block_size", query_block),
+        ("flex_attn_block_n", request.config.flex_attn_block_n, "KV block", kernel_block),
+    )
+    for option, tile, block_name, block in tiles:
+        if tile is None:
+            continue
+        if on_cpu:
+            raise BackendError(
+                f"{option} {tile} cannot be respected on CPU: torch's C++ kernel chooses its own tiles",
+                option=option,
+                value=tile,
+                expected="unset",
+            )
+        if tile < 16 or block % tile:
+            raise BackendError(
+                f"{option} {tile} must be at least 16 and divide the {block_name} {block}",
+                option=option,
+                value=tile,
+                expected=f"a divisor of {block}, 16 or more",
+            )
+    group = request.spec.num_query_heads // request.spec.num_kv_heads
+    if not on_cpu and query_block < max(16, group):
+        raise BackendError(
+            f"flex_attn_q_block_size {query_block} is smaller than {max(16, group)}, "
+            f"the rows that decoding packs into one tile for {group} query heads a KV head",
+            option="flex_attn_q_block_size",
+            value=query_block,
+            expected=f">= {max(16, group)}",
+        )
+
+
+def _check_address_range(request: BuildRequest, capabilities: Capabilities) -> None:
+    """K and V of a layer lie in the same pages, so the view of K spans V too."""
+    spec, limit = request.spec, capabilities.max_view_elements
+    per_token = spec.num_kv_heads * (spec.head_size + spec.head_size_v)
+    elements = request.num_blocks * request.block_size * per_token
+    if limit is not None and not spec.mla and elements > limit:
+        fits = limit // (request.block_size * per_token)
+        raise BackendError(
+            f"a layer of {request.num_blocks} blocks spans {elements} elements, and flex on "
+            f"{request.device.device_type} addresses {limit}; {fits} blocks fit",
+            option="num_blocks",
+            value=request.num_blocks,
+            expected=f"<= {fits}",
+        )
