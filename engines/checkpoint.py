@@ -56,9 +56,7 @@ def read_checkpoint(directory: str | Path) -> Checkpoint:
             value=str(path),
             expected="*.safetensors files",
         )
-    return Checkpoint(
-        directory=path, weight_files=files, num_parameters=sum(map(_count_parameters, files))
-    )
+    return Checkpoint(directory=path, weight_files=files, num_parameters=sum(map(_count_parameters, files)))
 
 
 def _count_parameters(file: Path) -> int:

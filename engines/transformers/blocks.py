@@ -1,0 +1,42 @@
+"""What happens to the bytes of blocks that change hands."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from ...cache.staging import stage
+from .records import Ready
+from .scheduler import Step
+
+
+class BlockKeeper:
+    """Clears blocks at hand-out where something reads before it writes.
+
+    States always: a request must never meet another one's. Attention blocks only for backends that touch the
+    unwritten end of a block.
+
+    :param poison_freed: fill freed blocks with 0xFF, NaN in every float dtype.
+    """
+
+    def __init__(self, ready: Ready, poison_freed: bool) -> None:
+        self._cache = ready.cache
+        self._cleared = ready.cleared_groups | {group.index for group in ready.groups if group.is_state}
+        self._poison_freed = poison_freed
+
+    def apply(self, step: Step) -> None:
+        """Do it for the blocks of ``step``, freed ones first: they may have been handed out again."""
+        if self._poison_freed:
+            self._poison([block for blocks in step.freed for block in blocks.ids])
+        by_group: dict[int, list[int]] = {}
+        for blocks in step.handed_out:
+            if blocks.group in self._cleared:
+                by_group.setdefault(blocks.group, []).extend(blocks.ids)
+        for group, ids in by_group.items():
+            self._cache.clear_blocks(group, ids)
+
+    def _poison(self, ids: Sequence[int]) -> None:
+        if ids:
+            pages = self._cache.pages()
+            pages.index_fill_(0, stage(ids, torch.int64, pages.device), 0xFF)

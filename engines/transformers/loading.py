@@ -1,0 +1,101 @@
+"""A checkpoint directory becomes a model and a tokenizer, with named errors and without transformers' chatter."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ...errors import ModelConfigError
+from .families import check_version
+
+OnProgress = Callable[[str, float], None]
+"""Called with what is being done and the share that is done, 0 to 1."""
+
+
+def load_model(
+    directory: str | Path,
+    dtype: str = "auto",
+    device: str | torch.device = "cpu",
+    on_progress: OnProgress | None = None,
+) -> tuple[Any, Any]:
+    """The model in evaluation mode, and its tokenizer.
+
+    :param directory: holds config.json, weights in safetensors files, and the tokenizer's files.
+    :param dtype: of weights and activations; ``auto`` takes the checkpoint's.
+    :return: model and tokenizer, as transformers makes them.
+    :raises ModelConfigError: for what is missing or broken, naming the file.
+    """
+    import transformers
+
+    check_version(transformers.__version__)
+    path = Path(directory)
+    _check_files(path)
+    report = on_progress or (lambda what, share: None)
+    with _quiet():
+        report("tokenizer", 0.0)
+        tokenizer = _guarded(path, "tokenizer", transformers.AutoTokenizer.from_pretrained, path)
+        report("weights", 0.1)
+        model, info = _guarded(
+            path, "weights", transformers.AutoModelForCausalLM.from_pretrained, path,
+            dtype=dtype if dtype == "auto" else getattr(torch, dtype), output_loading_info=True,
+        )  # fmt: skip
+    _check_complete(path, info)
+    report("device", 0.8)
+    model = model.to(device).eval()
+    report("ready", 1.0)
+    return model, tokenizer
+
+
+def _check_files(path: Path) -> None:
+    if not path.is_dir():
+        raise _refuse(path, f"model {str(path)!r} is not a directory", "a checkpoint directory")
+    if not (path / "config.json").is_file():
+        raise _refuse(path, f"{path} has no config.json", "config.json")
+    weights = sorted(path.glob("*.safetensors"))
+    if not weights:
+        raise _refuse(path, f"{path} has no weights", "*.safetensors")
+    for file in weights:
+        if not file.stat().st_size:
+            raise _refuse(path, f"{file} is empty", "weights")
+
+
+def _guarded(path: Path, what: str, load: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """``load(...)`` from local files only; whatever it raises names the checkpoint."""
+    try:
+        return load(*args, local_files_only=True, **kwargs)
+    except Exception as error:  # transformers and safetensors raise many types; all mean a broken checkpoint
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise _refuse(path, f"the {what} in {path} cannot be loaded: {reason}", f"readable {what}") from error
+
+
+def _check_complete(path: Path, info: dict[str, Any]) -> None:
+    for problem, option in (("missing_keys", "lack"), ("mismatched_keys", "have another shape for")):
+        names = sorted(str(key if isinstance(key, str) else key[0]) for key in info.get(problem, ()))
+        if names:
+            more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+            raise _refuse(path, f"the weights in {path} {option} {', '.join(names[:3])}{more}", "all weights")
+
+
+def _refuse(path: Path, message: str, expected: str) -> ModelConfigError:
+    return ModelConfigError(message, option="model", value=str(path), expected=expected)
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """No bars and no warnings of transformers while active; both are as they were after."""
+    from transformers.utils import logging as chatter
+
+    logging: Any = chatter
+    verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(verbosity)
+        if bars:
+            logging.enable_progress_bar()
