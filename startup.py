@@ -2,23 +2,195 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
-from .attention_backends.interface import AttentionBackend, BuildRequest, LayerRequest, Probe
-from .attention_backends.selection import Selection, select_layers
+from .attention_backends.interface import (
+    AttentionBackend,
+    AttentionImpl,
+    BuildRequest,
+    Probe,
+)
+from .attention_backends.selection import Selection, select_backend
+from .cache.layout import CacheLayout
 from .config import EngineConfig
 from .device import DeviceFacts
-from .errors import ConfigError
+from .errors import ConfigError, PlatformError
 from .hybrid.model_specs import ModelSpec, read_model
 from .platforms.interface import Platform
-from .platforms.planning import Plan, plan_model
+from .platforms.known import plannable_platforms
+from .platforms.plan import Plan
+from .platforms.planning import block_size_request, plan_model
+from .platforms.selection import select_platform
 from .plugins.manager import Plugins, load_plugins
 
 if TYPE_CHECKING:
-    from .engines.transformers.records import Output
+    from .engines.transformers.records import Completion, Progress, SamplingParams
     from .platforms.ready import Ready
+
+Model = str | Path | Mapping[str, Any]
 
 BUNDLED_MODEL = Path(__file__).parent / "engines" / "transformers" / "tiny_hybrid"
 """Checkpoint directory of the small hybrid model that comes with the package."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Surroundings:
+    """Where a plan is made for: a platform, its device, the plugins' backends, and what was said on the way."""
+
+    platform: Platform
+    device: DeviceFacts
+    plugins: Plugins
+    backends: tuple[AttentionBackend, ...]
+    probes: Mapping[str, Probe] | None
+    """Per backend what its probe found; ``None`` plans for a device that is not here."""
+    reasons: tuple[str, ...]
+    refusals: tuple[str, ...]
+
+
+def plan(model: Model | EngineConfig, *, engine: str = "vllm", **options: Any) -> Plan:
+    """Decide platform, backends, block size, pages and capacity for a model, without the device.
+
+    :param model: a preset name, a checkpoint directory, a config.json, or a dict with its content.
+    :param engine: whose states are stored: ``vllm`` (a convolution keeps its last K - 1 columns) or
+        ``transformers`` (all K columns, recurrent states in float32).
+    :param options: ``platform`` and any other option of :class:`EngineConfig`'s parts, by its flat name:
+        ``backend``, ``tensor_parallel_size``, ``kv_cache_dtype``, ``mamba_cache_mode``, ``block_size``,
+        ``mamba_block_size``, ``memory_bytes`` and so on.
+    :raises MakereadyError: a named error for every input that cannot be planned.
+    """
+    config = _as_config(model, options)
+    spec = _read(config, engine)
+    plugins = load_plugins()
+    return _decide(config, spec, _planned_surroundings(config, plugins))
+
+
+def prepare(model: Model | EngineConfig | None = None, **options: Any) -> Ready:
+    """The engine startup hook: choose the platform and everything after it, allocate the cache, build the backends.
+
+    :param model: a checkpoint directory, or a whole :class:`EngineConfig`; None takes the model that comes with
+        the package.
+    :param options: as for :func:`plan`.
+    :raises MakereadyError: a named error that says what is missing or what clashes; nothing falls back silently.
+    """
+    config = _as_config(BUNDLED_MODEL if model is None else model, options)
+    spec = _read(config, "transformers")
+    plugins = load_plugins()
+    around = _surroundings_here(config, plugins)
+    decided = _decide(config, spec, around)
+    ready = _allocate_and_build(config, spec, decided, around)
+    for note in plugins.engine_startup(ready):
+        ready = replace(ready, notes=(*ready.notes, f"{note.plugin}: {note.text}"))
+    return ready
+
+
+def launch(
+    model: Model | EngineConfig | None = None,
+    prompts: Sequence[str] = ("A class definition",),
+    params: SamplingParams | None = None,
+    on_progress: Callable[[Progress], None] | None = None,
+    **options: Any,
+) -> list[Completion]:
+    """Generate with the embedded engine on top of :func:`prepare`; one completion per prompt, in order.
+
+    :param model: a checkpoint directory; None takes the model that comes with the package.
+    :param params: sampling settings; None is greedy.
+    :param options: as for :func:`plan`.
+    """
+    from .engines.transformers.launching import open_engine
+
+    engine = open_engine(prepare(model, **options))
+    try:
+        return engine.generate(prompts, params, on_progress)
+    finally:
+        engine.close()
+
+
+def _as_config(model: Model | EngineConfig, options: Mapping[str, Any]) -> EngineConfig:
+    if not isinstance(model, EngineConfig):
+        return EngineConfig.from_options(model=model, **options)
+    if options:
+        raise ConfigError(
+            f"options {', '.join(sorted(options))} came beside an EngineConfig; put them into it",
+            option=", ".join(sorted(options)),
+            value=sorted(options),
+            expected="an EngineConfig alone, or a model with options",
+        )
+    return model.validated()
+
+
+def _read(config: EngineConfig, engine: str) -> ModelSpec:
+    cache = config.cache
+    return read_model(
+        config.model.model,
+        engine=engine,
+        tensor_parallel_size=config.parallel.tensor_parallel_size,
+        kv_cache_dtype=cache.kv_cache_dtype,
+        mamba_cache_dtype=cache.mamba_cache_dtype,
+        mamba_ssm_cache_dtype=cache.mamba_ssm_cache_dtype,
+        num_speculative_tokens=config.scheduler.num_speculative_tokens,
+        dtype=config.model.dtype,
+    )
+
+
+def _planned_surroundings(config: EngineConfig, plugins: Plugins) -> _Surroundings:
+    """A platform by name; its device is only assumed, with everything that the platform needs installed."""
+    platforms = plannable_platforms(plugins.providers)
+    asked = config.device.platform
+    if asked not in platforms:
+        said = "no platform was given" if asked is None else f"platform {asked!r} is not known"
+        raise PlatformError(
+            f"{said}; platforms to plan for are {', '.join(platforms)}",
+            option="platform",
+            value=asked,
+            expected=list(platforms),
+        )
+    platform = platforms[asked]
+    device = DeviceFacts(
+        platform=platform.name,
+        device_type=platform.device_type,
+        memory_bytes=config.device.device_memory_bytes,
+        present=False,
+    )
+    offers = plugins.attention_backends(device)
+    return _Surroundings(
+        platform=platform,
+        device=device,
+        plugins=plugins,
+        backends=tuple(offer.backend for offer in offers.offered),
+        probes=None,
+        reasons=(f"platform: {platform.name}, as asked; planned without its device.",),
+        refusals=tuple(problem.sentence() for problem in (*plugins.problems, *offers.problems)),
+    )
+
+
+def _surroundings_here(config: EngineConfig, plugins: Plugins) -> _Surroundings:
+    """The platform that runs on this machine, and every backend's probe on its device."""
+    chosen = select_platform(
+        plugins.providers,
+        config.device.platform,
+        plugins.problems,
+        device_index=config.device.device_index,
+        disabled=plugins.disabled,
+    )
+    device = chosen.device
+    if config.device.device_memory_bytes is not None:
+        device = replace(device, memory_bytes=config.device.device_memory_bytes)
+    offers = plugins.attention_backends(device)
+    backends = tuple(offer.backend for offer in offers.offered)
+    others = (candidate for candidate in chosen.candidates if not candidate.chosen)
+    return _Surroundings(
+        platform=chosen.provider.platform,
+        device=device,
+        plugins=plugins,
+        backends=backends,
+        probes=MappingProxyType({backend.name: backend.probe(device) for backend in backends}),
+        reasons=(f"platform: {chosen.provider.name} ({device.name}), {chosen.reason}",),
+        refusals=(
+            *(f"platform {candidate.name}: {candidate.reason}" for candidate in others),
+            *(problem.sentence() for problem in (*plugins.problems, *offers.problems)),
+        ),
+    )

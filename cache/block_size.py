@@ -97,9 +97,7 @@ class AtLeastPage:
 
     def describe(self) -> str:
         """The rule in words."""
-        return (
-            f"at least {self.smallest} ({self.page_bytes} bytes at {self.bytes_per_token} bytes per token)"
-        )
+        return f"at least {self.smallest} ({self.page_bytes} bytes at {self.bytes_per_token} bytes per token)"
 
 
 Constraint = MultipleOf | OneOf | AnyMultipleOf | Divides | AtLeastPage
@@ -128,7 +126,9 @@ def checked(constraints: Iterable[Constraint]) -> tuple[Constraint, ...]:
         if not isinstance(rule, CONSTRAINT_TYPES):
             names = ", ".join(kind.__name__ for kind in CONSTRAINT_TYPES)
             raise BlockSizeError(
-                f"{rule!r} is not a block-size constraint; use one of {names}", value=repr(rule), expected=names
+                f"{rule!r} is not a block-size constraint; use one of {names}",
+                value=repr(rule),
+                expected=names,
             )
         if min(_numbers(rule), default=0) < 1:
             raise BlockSizeError(

@@ -47,9 +47,7 @@ class BlockTable:
         """
         for block_id in block_ids:
             if block_id == NULL_BLOCK:
-                raise IntegrityError(
-                    f"block {NULL_BLOCK} is the null block and cannot hold tokens", value=block_id
-                )
+                raise IntegrityError(f"block {NULL_BLOCK} is the null block and cannot hold tokens", value=block_id)
         if len(set(block_ids)) != len(block_ids) or not self._held.isdisjoint(block_ids):
             twice = next(b for i, b in enumerate(block_ids) if b in self._held or b in block_ids[:i])
             raise IntegrityError(f"block {twice} is in this block table already", value=twice)

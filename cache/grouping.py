@@ -32,7 +32,10 @@ def group_layers(
         for turn in range(count):
             groups.append(
                 LayerGroup(
-                    index=len(groups), kind=bucket[0].kind, layers=tuple(bucket[turn::count]), block_size=tokens
+                    index=len(groups),
+                    kind=bucket[0].kind,
+                    layers=tuple(bucket[turn::count]),
+                    block_size=tokens,
                 )
             )
     return tuple(groups)

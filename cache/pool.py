@@ -57,9 +57,7 @@ class BlockPool:
         :raises ConfigError: for a negative ``count``.
         """
         if count < 0:
-            raise ConfigError(
-                f"{owner!r} asked for {count} blocks", option="count", value=count, expected=">= 0"
-            )
+            raise ConfigError(f"{owner!r} asked for {count} blocks", option="count", value=count, expected=">= 0")
         if count > self.num_free:
             raise CapacityError(
                 f"{owner!r} asked for {count} blocks, and {self.num_free} of {self.capacity} are free",

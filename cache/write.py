@@ -22,7 +22,7 @@ def write_kv(
     """Write T tokens into strided views of any layout, cast to the cache's dtype and clamped to its range.
 
     Tokens of slot -1 are skipped. On the CPU nothing is written for them. On other devices, where to look for
-    them would make the host wait, they write zeros into the first slot of the null block, which nobody reads.
+    them would make the host wait, they land in the first slot of the null block, which nobody reads.
 
     :param key: (T, Hk, D).
     :param value: (T, Hk, Dv).
@@ -35,14 +35,13 @@ def write_kv(
     _check_fit("key", key, key_cache, slot_mapping)
     _check_fit("value", value, value_cache, slot_mapping)
     num_blocks, block_size = key_cache.shape[:2]
-    if slot_mapping.device.type == "cpu":
-        padded = _check_slots(slot_mapping, num_blocks * block_size)
-        if padded:
-            key, value, slot_mapping = _leave_padding_out(key, value, slot_mapping)
-    else:
-        key, value, slot_mapping = _send_padding_to_null_block(key, value, slot_mapping)
-    _scatter(key, key_cache, slot_mapping)
-    _scatter(value, value_cache, slot_mapping)
+    slots = slot_mapping
+    if slots.device.type != "cpu":
+        slots = slots.clamp(min=0)
+    elif _has_padding(slots, num_blocks * block_size):
+        kept = slots >= 0
+        key, value, slots = key[kept], value[kept], slots[kept]
+    _scatter(key, value, key_cache, value_cache, slots)
 
 
 def gather_kv(cache_view: torch.Tensor, block_ids: Sequence[int], length: int) -> torch.Tensor:
@@ -67,29 +66,31 @@ def gather_kv(cache_view: torch.Tensor, block_ids: Sequence[int], length: int) -
     return tokens
 
 
-def _leave_padding_out(
-    key: torch.Tensor, value: torch.Tensor, slots: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    kept = slots >= 0
-    return key[kept], value[kept], slots[kept]
-
-
-def _send_padding_to_null_block(
-    key: torch.Tensor, value: torch.Tensor, slots: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    padding = (slots < 0)[:, None, None]
-    return key.masked_fill(padding, 0), value.masked_fill(padding, 0), slots.clamp(min=0)
-
-
-def _scatter(rows: torch.Tensor, cache: torch.Tensor, slots: torch.Tensor) -> None:
-    block_size = cache.shape[1]
-    if rows.dtype != cache.dtype:
-        limits = torch.finfo(cache.dtype)
-        rows = rows.clamp(limits.min, limits.max).to(cache.dtype)
-    if cache.stride(0) == cache.stride(1) * block_size:
-        cache.view(-1, *cache.shape[2:]).index_put_((slots,), rows)
+def _scatter(
+    key: torch.Tensor,
+    value: torch.Tensor,
+    key_cache: torch.Tensor,
+    value_cache: torch.Tensor,
+    slots: torch.Tensor,
+) -> None:
+    block_size = key_cache.shape[1]
+    caches = (key_cache, value_cache)
+    index: tuple[torch.Tensor, ...]
+    if all(cache.stride(0) == cache.stride(1) * block_size for cache in caches):
+        # Blocks follow each other without a gap: a slot is a row, and no division is needed.
+        index = (slots,)
+        key_cache, value_cache = (cache.view(-1, *cache.shape[2:]) for cache in caches)
     else:
-        cache.index_put_((slots // block_size, slots % block_size), rows)
+        index = (slots // block_size, slots % block_size)
+    key_cache.index_put_(index, _cast(key, key_cache.dtype))
+    value_cache.index_put_(index, _cast(value, value_cache.dtype))
+
+
+def _cast(rows: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    if rows.dtype == dtype:
+        return rows
+    limits = torch.finfo(dtype)
+    return rows.clamp(limits.min, limits.max).to(dtype)
 
 
 def _check_fit(name: str, rows: torch.Tensor, cache: torch.Tensor, slots: torch.Tensor) -> None:
@@ -110,7 +111,7 @@ def _check_fit(name: str, rows: torch.Tensor, cache: torch.Tensor, slots: torch.
         )
 
 
-def _check_slots(slots: torch.Tensor, count: int) -> bool:
+def _has_padding(slots: torch.Tensor, count: int) -> bool:
     """Whether some slots are padding; refuses those outside the cache."""
     if slots.numel() == 0:
         return False

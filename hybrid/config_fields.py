@@ -133,7 +133,10 @@ def load_config(model: str | Path | Mapping[str, Any], *, name: str | None = Non
         ) from None
     except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
         raise ModelConfigError(
-            f"{file} cannot be read as JSON: {error}", option="model", value=str(model), expected="a JSON object"
+            f"{file} cannot be read as JSON: {error}",
+            option="model",
+            value=str(model),
+            expected="a JSON object",
         ) from error
     if not isinstance(values, Mapping):
         raise ModelConfigError(

@@ -37,6 +37,8 @@ class Family:
     """vLLM's recurrent dtype where that field is missing: a dtype, or ``conv`` for the convolution state's."""
     ssm_dtypes: tuple[str, ...] = ("float32", "bfloat16", "float16")
     """Recurrent dtypes that the mixer's kernels take."""
+    one_state_dtype: bool = False
+    """True if ``mamba_cache_dtype`` rules the recurrent state too and ``mamba_ssm_cache_dtype`` has no say."""
     native_state_dtype: bool = False
     """True if transformers keeps the recurrent state in the model's dtype instead of float32."""
     sinks: bool = False
@@ -48,7 +50,9 @@ class Family:
 
 def jamba_layers(fields: ConfigFields) -> tuple[LayerKind, ...]:
     """Attention once per period."""
-    return every(fields, fields.integer("attn_layer_period"), fields.integer("attn_layer_offset", least=0), _A, _S)
+    return every(
+        fields, fields.integer("attn_layer_period"), fields.integer("attn_layer_offset", least=0), _A, _S
+    )
 
 
 def bamba_layers(fields: ConfigFields) -> tuple[LayerKind, ...]:
@@ -180,11 +184,19 @@ def plamo_head_dim(fields: ConfigFields) -> int:
 
 def _families() -> dict[str, Family]:
     delta = Family(mixer=read.gated_delta_net, default_layers=every_fourth)
-    qwen35 = Family(mixer=read.gated_delta_net, default_layers=every_fourth, ssm_dtype_field="mamba_ssm_dtype")
-    dense, qwen, mla = Family(default_layers=full), Family(default_layers=qwen_layers), Family(default_layers=full, mla=True)
+    qwen35 = Family(
+        mixer=read.gated_delta_net, default_layers=every_fourth, ssm_dtype_field="mamba_ssm_dtype"
+    )
+    dense, qwen, mla = (
+        Family(default_layers=full),
+        Family(default_layers=qwen_layers),
+        Family(default_layers=full, mla=True),
+    )
     mistral = Family(default_layers=mistral_layers)
     gemma3 = Family(default_layers=gemma3_layers)
-    pure_mamba1 = Family(mixer=read.pure_mamba1, default_layers=states, fixed_layers=True, chunked_prefill_keeps_state=False)
+    pure_mamba1 = Family(
+        mixer=read.pure_mamba1, default_layers=states, fixed_layers=True, chunked_prefill_keeps_state=False
+    )
     return {
         "nemotron_h": Family(mixer=read.mamba2, default_layers=listed, ssm_dtype_field="mamba_ssm_cache_dtype",
                              ssm_dtype="float32", prefill_matches_decode=False),
@@ -211,7 +223,7 @@ def _families() -> dict[str, Family]:
         "lfm2_moe": Family(mixer=read.short_conv, default_layers=lfm2_layers),
         "zaya": Family(mixer=read.zaya, default_layers=both, native_state_dtype=True),
         "plamo2": Family(mixer=read.plamo_mamba2, default_layers=plamo2_layers, head_dim=plamo_head_dim),
-        "minimax_text_01": Family(mixer=read.lightning, default_layers=minimax_layers),
+        "minimax_text_01": Family(mixer=read.lightning, default_layers=minimax_layers, one_state_dtype=True),
         "phi4flash": Family(mixer=read.mamba1, default_layers=sambay_layers),
         "llama": dense, "granite": dense, "olmo2": dense, "phi3": mistral,
         "mistral": mistral, "mixtral": mistral,

@@ -41,7 +41,9 @@ def mamba2(fields: ConfigFields) -> Mamba2:
         inner = fields.integer("mamba_d_ssm") if fields.has("mamba_d_ssm") else expanded(fields)
         if inner % heads:
             raise fields.broken(
-                next(name for name in HEADS if fields.has(name)), heads, f"a divisor of the inner width {inner}"
+                next(name for name in HEADS if fields.has(name)),
+                heads,
+                f"a divisor of the inner width {inner}",
             )
         head_dim = inner // heads
     else:
@@ -83,7 +85,9 @@ def gated_delta_net(fields: ConfigFields) -> GatedDeltaNet:
 def olmo_delta_net(fields: ConfigFields) -> GatedDeltaNet:
     """Olmo-Hybrid: widths that are null follow from the attention heads and the hidden width."""
     key_heads = fields.integer("linear_num_key_heads", "num_attention_heads")
-    key_dim = fields.integer("linear_key_head_dim", default=3 * fields.integer("hidden_size") // (4 * key_heads))
+    key_dim = fields.integer(
+        "linear_key_head_dim", default=3 * fields.integer("hidden_size") // (4 * key_heads)
+    )
     return GatedDeltaNet(
         key_heads=key_heads,
         value_heads=fields.integer("linear_num_value_heads", "num_attention_heads"),
@@ -111,7 +115,9 @@ def kimi_delta(fields: ConfigFields) -> KimiDelta:
 
 def short_conv(fields: ConfigFields) -> ShortConv:
     """LFM2."""
-    return ShortConv(channels=fields.integer("conv_dim", "hidden_size"), kernel=fields.integer("conv_L_cache"))
+    return ShortConv(
+        channels=fields.integer("conv_dim", "hidden_size"), kernel=fields.integer("conv_L_cache")
+    )
 
 
 def lightning(fields: ConfigFields) -> Lightning:

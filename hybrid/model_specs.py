@@ -9,7 +9,14 @@ from pathlib import Path
 from typing import Any
 
 from ..attention_backends.interface import LayerRequest
-from ..cache.specs import QUANTISED_KV, AttentionSpec, LayerSpec, MambaSpec, StateTensor, resolve_kv_cache_dtype
+from ..cache.specs import (
+    QUANTISED_KV,
+    AttentionSpec,
+    LayerSpec,
+    MambaSpec,
+    StateTensor,
+    resolve_kv_cache_dtype,
+)
 from ..config import DTYPES
 from ..errors import ConfigError, UnsupportedModelError
 from .config_fields import ConfigFields, load_config
@@ -224,7 +231,9 @@ def _layer_specs(
     for index, kind in enumerate(layers):
         if kind in (LayerKind.STATE, LayerKind.BOTH, LayerKind.BOTH_SLIDING):
             if state is None:
-                raise fields.broken("layer_types", "a state layer", "attention layers only, as its family has")
+                raise fields.broken(
+                    "layer_types", "a state layer", "attention layers only, as its family has"
+                )
             found.append(LayerSpec(layer=index, spec=state))
         if kind in (LayerKind.ATTENTION, LayerKind.BOTH) and attention is not None:
             found.append(LayerSpec(layer=index, spec=attention))
@@ -322,6 +331,14 @@ def _state_spec(
 
 def _recurrent_dtype(fields: ConfigFields, family: Family, setting: str, conv: str) -> str:
     """vLLM's rule: the setting, else the configuration's field, else the family's default."""
+    if setting not in ("auto", conv) and family.one_state_dtype:
+        raise ConfigError(
+            f"mamba_ssm_cache_dtype {setting} has no say over this mixer: its state is kept in mamba_cache_dtype, "
+            f"{conv}; set that one",
+            option="mamba_ssm_cache_dtype",
+            value=setting,
+            expected=["auto", conv],
+        )
     if setting != "auto":
         return setting
     named = fields.first(family.ssm_dtype_field) if family.ssm_dtype_field else None

@@ -114,7 +114,8 @@ class Plan:
             f"for one of {len(self.groups)} groups"
         )
         lines += [
-            f"    group {g.index}       {len(g.layers)} x {g.kind}, {g.block_size} tokens" for g in self.groups
+            f"    group {g.index}       {len(g.layers)} x {g.kind}, {g.block_size} tokens"
+            for g in self.groups
         ]
         lines += self._capacity_lines()
         for title, sentences in (("why", self.reasons), ("refused", self.refusals), ("mind", self.warnings)):
@@ -129,7 +130,9 @@ class Plan:
 
     def _capacity_lines(self) -> list[str]:
         if self.capacity is None:
-            return ["  capacity        unknown: no memory budget was given and the device's memory is not known"]
+            return [
+                "  capacity        unknown: no memory budget was given and the device's memory is not known"
+            ]
         capacity = self.capacity
         counts = ", ".join(f"{count} of {length}" for length, count in capacity.concurrency.items())
         return [

@@ -91,7 +91,9 @@ def plan_model(
     said = [*reasons, *model.notes, *decision.reasons, *_grouping_reasons(groups, per_block)]
     warnings = _warnings(decision, groups, per_block)
     capacity = _capacity(model, config, device, groups, per_block, request.max_model_len, said)
-    max_model_len = _served_max_model_len(config, capacity, groups, per_block, request.max_model_len, warnings)
+    max_model_len = _served_max_model_len(
+        config, capacity, groups, per_block, request.max_model_len, warnings
+    )
     return Plan(
         model=model,
         platform=platform.name,
@@ -198,7 +200,9 @@ def _capacity(
 ) -> Capacity | None:
     budget = None if config.cache.num_blocks is not None else _budget(model, config, device, reasons)
     if not groups or (budget is None and config.cache.num_blocks is None):
-        reasons.append("capacity: not computed, no memory budget was given and the device's memory is not known.")
+        reasons.append(
+            "capacity: not computed, no memory budget was given and the device's memory is not known."
+        )
         return None
     return plan_capacity(
         groups,
@@ -228,7 +232,9 @@ def _budget(
         return None
     share = int(total * config.cache.memory_fraction)
     weights = -(-(model.weights_bytes or 0) // model.tensor_parallel_size)
-    known = f"{format_bytes(weights)} of weights" if weights else "weights, which are not known and count as 0"
+    known = (
+        f"{format_bytes(weights)} of weights" if weights else "weights, which are not known and count as 0"
+    )
     reasons.append(
         f"memory: {config.cache.memory_fraction:g} of {format_bytes(total)} less {known} leaves "
         f"{format_bytes(max(0, share - weights))} for the cache."

@@ -41,6 +41,7 @@ USER_REFUSED = "user block_size refused instead of replaced, nearest sizes right
 MAMBA_RESPECTED = "user mamba_block_size respected instead of overwritten"
 MAMBA_REFUSED = "user mamba_block_size refused instead of overwritten, nearest values right"
 PAGES_EQUAL = "state page padded to the attention page that grew on xpu, where vLLM leaves it short"
+SSM_DTYPE_UNUSED = "mamba_ssm_cache_dtype refused where vLLM ignores it"
 BOTH_REFUSE = "refused by both"
 
 
@@ -95,6 +96,8 @@ def check_case(case: Case) -> tuple[str | None, list[str]]:
             return USER_REFUSED, user_refusal_faults(case, error)
         if settings["user_mamba_block_size"] is not None and error.option == "mamba_block_size":
             return MAMBA_REFUSED, mamba_refusal_faults(case, error)
+        if settings["mamba_ssm_cache_dtype"] != "auto" and error.option == "mamba_ssm_cache_dtype":
+            return SSM_DTYPE_UNUSED, unused_dtype_faults(case, error)
         return None, [f"refused: {error}"]
     if case["error"]:
         return None, [f"planned block {plan.decision.block_size} where vLLM refuses: {case['error']}"]
@@ -179,7 +182,9 @@ def layer_words(counts: Mapping[str, int]) -> list[str]:
     full, sliding = counts.get("attention", 0), counts.get("sliding_attention", 0)
     plain = counts.get("moe", 0) + counts.get("mlp", 0)
     if states and counts.get("mlp") == full and counts.get("mamba2") == states and full < states:
-        return ["hybrid"] * full + ["linear_attention"] * (states - full)  # zamba2: the shared block has the MLP
+        return ["hybrid"] * full + ["linear_attention"] * (
+            states - full
+        )  # zamba2: the shared block has the MLP
     if states == full == plain:
         return ["hybrid"] * full  # falcon_h1: attention beside a state in every layer
     if plain == states + full + sliding:
@@ -262,8 +267,12 @@ def accepted(constraints: Sequence[Constraint], size: int) -> bool:
 
 def next_to(constraints: Sequence[Constraint], wanted: int, *, itself: bool = False) -> tuple[int, ...]:
     """The accepted sizes next to ``wanted``, found by trying one after the other."""
-    below = next((n for n in range(wanted if itself else wanted - 1, 0, -1) if accepted(constraints, n)), None)
-    above = next((n for n in range(wanted if itself else wanted + 1, 1 << 17) if accepted(constraints, n)), None)
+    below = next(
+        (n for n in range(wanted if itself else wanted - 1, 0, -1) if accepted(constraints, n)), None
+    )
+    above = next(
+        (n for n in range(wanted if itself else wanted + 1, 1 << 17) if accepted(constraints, n)), None
+    )
     return tuple(size for size in (below, above) if size is not None)
 
 
@@ -293,7 +302,9 @@ def respected_faults(case: Case, plan: Plan) -> list[str]:
     free = plan_case(case, user_mamba=False)
     faults = []
     if decision.mamba_block_size != wanted or wanted % decision.block_size:
-        faults.append(f"mamba_block_size {decision.mamba_block_size} with block {decision.block_size}, not {wanted}")
+        faults.append(
+            f"mamba_block_size {decision.mamba_block_size} with block {decision.block_size}, not {wanted}"
+        )
     if not accepted(free.decision.constraints, decision.block_size):
         faults.append(f"block {decision.block_size} does not suit the kernels and states")
     better = [n for n in range(free.decision.block_size, decision.block_size) if wanted % n == 0
@@ -315,11 +326,22 @@ def mamba_refusal_faults(case: Case, error: MakereadyError) -> list[str]:
     return []
 
 
+def unused_dtype_faults(case: Case, error: MakereadyError) -> list[str]:
+    """The setting must have had no effect on vLLM's answer, and the message has to name it."""
+    free = plan_case({**case, "input": {**case["input"], "mamba_ssm_cache_dtype": "auto"}})
+    faults = [f"{name} {ours} != {theirs}" for name, (ours, theirs) in compare(free, case["output"])]
+    if case["input"]["mamba_ssm_cache_dtype"] not in error.message:
+        faults.append(f"message lacks the setting: {error}")
+    return faults
+
+
 def unequal_page_faults(plan: Plan, differences: dict[str, tuple[object, object]]) -> list[str]:
     """Only the padding may differ, and ours has to make the pages equal."""
     decision = plan.decision
     allowed = {"mamba_page_size_padded", "mamba_page_bytes", "mamba_padding_pct", "pages_equal"}
-    faults = [f"{name} {ours} != {theirs}" for name, (ours, theirs) in differences.items() if name not in allowed]
+    faults = [
+        f"{name} {ours} != {theirs}" for name, (ours, theirs) in differences.items() if name not in allowed
+    ]
     if decision.state_page_bytes != decision.attention_page_bytes:
         faults.append("pages differ")
     return faults
@@ -328,7 +350,8 @@ def unequal_page_faults(plan: Plan, differences: dict[str, tuple[object, object]
 def _title(case: Case) -> str:
     settings = case["input"]
     return " ".join(
-        str(settings[name]) for name in ("model", "platform", "backend", "tp", "kv_cache_dtype", "mamba_cache_mode")
+        str(settings[name])
+        for name in ("model", "platform", "backend", "tp", "kv_cache_dtype", "mamba_cache_mode")
     )
 
 

@@ -4,6 +4,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+
 from makeready.cache.allocation import allocate, torch_dtype
 from makeready.cache.layout import CacheLayout
 from makeready.cache.specs import DTYPE_BYTES, AttentionSpec, LayerGroup, LayerSpec, MambaSpec, StateTensor
@@ -15,9 +16,7 @@ BLOCK = 4
 
 
 def make(order="NHD", dtype="bfloat16", num_blocks=6, page=None, kv_dtype=None):
-    spec = AttentionSpec(
-        num_query_heads=4, num_kv_heads=2, head_size=4, head_size_v=6, dtype=kv_dtype or dtype
-    )
+    spec = AttentionSpec(num_query_heads=4, num_kv_heads=2, head_size=4, head_size_v=6, dtype=kv_dtype or dtype)
     size = DTYPE_BYTES[dtype]
     states = (
         StateTensor(name="conv", shape=(4, 3), dtype=dtype),
@@ -82,9 +81,7 @@ def test_clear_blocks_zeroes_the_groups_pages_of_those_blocks_only(order, page):
 
 @pytest.mark.parametrize("page", [81, 82])
 def test_clear_blocks_works_on_pages_of_odd_sizes(page):
-    layout = replace(
-        make("cross_layer_NHD", kv_dtype="fp8_e4m3"), groups=make(kv_dtype="fp8_e4m3").groups[:1]
-    )
+    layout = replace(make("cross_layer_NHD", kv_dtype="fp8_e4m3"), groups=make(kv_dtype="fp8_e4m3").groups[:1])
     cache = allocate(replace(layout, page_size_bytes=page), CPU)
     cache.poison()
     cache.clear_blocks(0, [5])

@@ -4,6 +4,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+
 from makeready.cache.block_table import BlockTable, pad_tables, slot_mapping
 from makeready.errors import ConfigError, IntegrityError
 

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+
 from makeready.cache import layout as layout_module
 from makeready.cache.layout import CacheLayout, StridedView
 from makeready.cache.specs import DTYPE_BYTES, AttentionSpec, LayerGroup, LayerSpec, MambaSpec, StateTensor
@@ -96,9 +97,7 @@ def test_pages_of_one_group_never_overlap_and_stay_inside(order):
 @pytest.mark.parametrize("order", LAYOUTS)
 def test_pages_tile_the_buffer(order):
     layout = make(order)
-    firsts = [
-        layout.page_offset(b, s) for b in range(layout.num_blocks) for s in range(layout.slots_per_block)
-    ]
+    firsts = [layout.page_offset(b, s) for b in range(layout.num_blocks) for s in range(layout.slots_per_block)]
     assert sorted(firsts) == list(range(0, layout.total_bytes, layout.page_size_bytes))
     if layout.is_block_major:
         assert firsts == sorted(firsts), "a block is one run of bytes"
@@ -114,9 +113,7 @@ def test_writing_a_pages_tail_touches_no_other_page(order):
             buffer = torch.zeros(layout.total_bytes, dtype=torch.uint8)
             for view in views(layout, layer):
                 typed(buffer, view)[block].view(torch.uint8).fill_(7)
-            torch.as_strided(buffer, pages.shape, pages.strides, pages.offset)[
-                block, layout.used_bytes(layer) :
-            ] = 7
+            torch.as_strided(buffer, pages.shape, pages.strides, pages.offset)[block, layout.used_bytes(layer) :] = 7
             touched = buffer.nonzero().flatten().tolist()
             first = layout.page_offset(block, slot)
             assert touched == list(range(first, first + layout.page_size_bytes))

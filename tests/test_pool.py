@@ -4,6 +4,7 @@ import pytest
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
+
 from makeready.cache.pool import BlockPool
 from makeready.errors import CapacityError, ConfigError, IntegrityError
 
@@ -62,9 +63,7 @@ class PoolMachine(RuleBasedStateMachine):
 
     @rule(key=KEYS, pick=st.integers(0, 50))
     def cache(self, key, pick):
-        blocks = self.pick(
-            [b for b, owners in self.held.items() if owners and self.keys.get(b, key) == key], [pick]
-        )
+        blocks = self.pick([b for b, owners in self.held.items() if owners and self.keys.get(b, key) == key], [pick])
         for block in blocks:
             first = next((b for b, k in self.keys.items() if k == key), block)
             assert self.pool.cache_block(block, key) == first
@@ -83,9 +82,7 @@ class PoolMachine(RuleBasedStateMachine):
         mine = [b for b, owners in self.held.items() if owner in owners]
         others = self.pick([b for b, owners in self.held.items() if owners and owner not in owners], [pick])
         for block in others:
-            with pytest.raises(
-                IntegrityError, match=f"block {block} belongs to '{self.held[block][0]}'.*'{owner}'"
-            ):
+            with pytest.raises(IntegrityError, match=f"block {block} belongs to '{self.held[block][0]}'.*'{owner}'"):
                 self.pool.free([*mine, block], owner)
 
     @rule(block=st.sampled_from([-1, 0, NUM_BLOCKS, NUM_BLOCKS + 9]), owner=OWNERS)

@@ -4,7 +4,7 @@ import random
 
 import pytest
 import torch
-from makeready.cache import write as write_module
+
 from makeready.cache.allocation import allocate
 from makeready.cache.block_table import BlockTable, pad_tables, slot_mapping
 from makeready.cache.layout import CacheLayout
@@ -18,9 +18,7 @@ HEADS, WIDTH, WIDTH_V, NUM_BLOCKS = 2, 8, 4, 23
 
 
 def make(order="NHD", dtype="float32", block_size=4, pad=0, device=CPU):
-    spec = AttentionSpec(
-        num_query_heads=4, num_kv_heads=HEADS, head_size=WIDTH, head_size_v=WIDTH_V, dtype=dtype
-    )
+    spec = AttentionSpec(num_query_heads=4, num_kv_heads=HEADS, head_size=WIDTH, head_size_v=WIDTH_V, dtype=dtype)
     layers = tuple(LayerSpec(layer=i, spec=spec) for i in range(3))
     layout = CacheLayout(
         order=order,
@@ -88,30 +86,13 @@ def test_every_layout_against_a_dict_of_tokens(order, dtype, lens, block_size, p
     got = token_bytes(cache, 1)
     assert all(same(got[place], numbers) for place, numbers in expected.items())
     for neighbour in (0, 2):
-        assert all(tensor.float().isnan().all() for tensor in cache.key_value(neighbour)), (
-            "other layers untouched"
-        )
+        assert all(tensor.float().isnan().all() for tensor in cache.key_value(neighbour)), "other layers untouched"
     for table, length in zip(tables, lens, strict=True):
         for name, view in zip("kv", cache.key_value(1), strict=True):
             read = gather_kv(view, table.blocks, length)
             assert read.shape == (length, HEADS, view.shape[3])
             rows = read.float().flatten(1).tolist()
-            assert all(
-                same(row, expected[name, s]) for row, s in zip(rows, table.slots(0, length), strict=True)
-            )
-
-
-@pytest.mark.parametrize("skip", ["_leave_padding_out", "_send_padding_to_null_block"])
-def test_both_ways_to_skip_padding_write_the_same_real_slots(skip):
-    key, value = torch.randn(4, HEADS, WIDTH), torch.full((4, HEADS, WIDTH_V), float("nan"))
-    slots = torch.tensor([9, -1, 4, -1])
-    rows, _, places = getattr(write_module, skip)(key, value, slots)
-    written = dict(zip(places.tolist(), rows, strict=True))
-    assert written.keys() - {0} == {9, 4}
-    assert torch.equal(written[9], key[0])
-    assert torch.equal(written[4], key[2])
-    if 0 in written:
-        assert (written[0] == 0).all()
+            assert all(same(row, expected[name, s]) for row, s in zip(rows, table.slots(0, length), strict=True))
 
 
 def test_rows_may_be_strided_and_overflow_saturates():
@@ -137,15 +118,11 @@ def test_what_does_not_fit_is_refused_and_nothing_is_written():
     cache = make()
     views, slots = cache.key_value(0), torch.tensor([4, 5])
     key, value = torch.ones(2, HEADS, WIDTH), torch.ones(2, HEADS, WIDTH_V)
-    with pytest.raises(
-        ConfigError, match=r"key has shape \(2, 1, 8\); 2 slots of this cache take \(2, 2, 8\)"
-    ):
+    with pytest.raises(ConfigError, match=r"key has shape \(2, 1, 8\); 2 slots of this cache take \(2, 2, 8\)"):
         write_kv(key[:, :1], value, *views, slots)
     with pytest.raises(ConfigError, match=r"value has shape \(1, 2, 4\)"):
         write_kv(key, value[:1], *views, slots)
-    with pytest.raises(
-        ConfigError, match=r"key is torch.int64 and its cache torch.float32: they need scales"
-    ):
+    with pytest.raises(ConfigError, match=r"key is torch.int64 and its cache torch.float32: they need scales"):
         write_kv(key.long(), value, *views, slots)
     for slot in (NUM_BLOCKS * 4, -2):
         with pytest.raises(IntegrityError, match=f"slot {slot} is outside the cache, which has 92 slots"):
@@ -167,16 +144,17 @@ def test_a_step_on_cuda_never_waits_for_the_device(order):
     torch.cuda.synchronize()
     torch.cuda.set_sync_debug_mode("error")
     try:
-        cache.clear_blocks(0, [0, *table.blocks])
+        cache.clear_blocks(0, table.blocks)
         slots = slot_mapping([table], [0], [11], device)
         slots[4:5].fill_(-1)
         write_kv(key_there, value_there, *cache.key_value(1), slots)
         padded = pad_tables([table.blocks, []], device)
     finally:
         torch.cuda.set_sync_debug_mode("default")
-    reference.clear_blocks(0, [0, *table.blocks])
+    reference.clear_blocks(0, table.blocks)
     here = slot_mapping([table], [0], [11], CPU)
     here[4] = -1
     write_kv(key, value, *reference.key_value(1), here)
     assert padded.tolist() == [table.blocks, [0] * len(table.blocks)]
-    assert torch.equal(cache.buffer.cpu(), reference.buffer)
+    # Block 0 may differ: skipped tokens land there.
+    assert torch.equal(cache.pages()[1:].cpu(), reference.pages()[1:])

@@ -8,7 +8,7 @@ from ...config import LAYOUTS
 from ...device import DeviceFacts
 from ...errors import BackendError
 from ..interface import AttentionBackend, AttentionImpl, BuildRequest, Capabilities, Probe
-from .providers import FlashProvider, default_providers, missing
+from .providers import LIBRARIES, FlashProvider, default_providers, missing
 
 HALF = frozenset({"bfloat16", "float16"})
 FP8 = frozenset({"fp8_e4m3", "fp8_e5m2"})
@@ -66,7 +66,7 @@ class FlashBackend(AttentionBackend):
             if probe.available:
                 return Probe(available=True, reason=f"flash by {provider.name}: {probe.reason}")
             reasons.append(f"{provider.name}: {probe.reason}")
-        return Probe(available=False, reason=_nothing_serves(device, reasons))
+        return Probe(available=False, reason=self._nothing_serves(device, reasons))
 
     def build(self, request: BuildRequest) -> AttentionImpl:
         """The first provider that loads and can serve the request.
@@ -84,7 +84,7 @@ class FlashBackend(AttentionBackend):
             except BackendError as error:
                 reasons.append(f"{provider.name}: {error.message}")
         raise BackendError(
-            _nothing_serves(request.device, reasons),
+            self._nothing_serves(request.device, reasons),
             option="backend",
             value=self.name,
             expected="a provider of flash kernels for this device",
@@ -93,10 +93,10 @@ class FlashBackend(AttentionBackend):
     def _serving(self, device: DeviceFacts) -> list[FlashProvider]:
         return [provider for provider in self.providers if device.device_type in provider.device_types]
 
-
-def _nothing_serves(device: DeviceFacts, reasons: Sequence[str]) -> str:
-    """The sentence of a refusal, with all that was tried."""
-    tried = "; ".join(reasons) if reasons else "no provider for this device type is registered"
-    libraries = missing(device)
-    seen = f" (libraries: {libraries})" if libraries else ""
-    return f"flash has no provider that serves {device.platform} ({device.device_type}): {tried}{seen}"
+    def _nothing_serves(self, device: DeviceFacts, reasons: Sequence[str]) -> str:
+        """The sentence of a refusal, with all that was tried and what else there is."""
+        tried = "; ".join(reasons) if reasons else "no provider for this device type is registered"
+        spoken_for = {provider.module for provider in self.providers}
+        libraries = missing(device, [library for library in LIBRARIES if library.module not in spoken_for])
+        seen = f" (libraries: {libraries})" if libraries else ""
+        return f"flash has no provider that serves {device.platform} ({device.device_type}): {tried}{seen}"

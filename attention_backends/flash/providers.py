@@ -18,7 +18,9 @@ class FlashProvider(ABC):
     name: str
     """Short name of the library, such as ``ipex``."""
     device_types: frozenset[str]
-    """Device types that its kernels run on, as ``torch.device`` calls them."""
+    """Device types that it has an answer for, as ``torch.device`` calls them."""
+    module: str = ""
+    """What it imports, if that is one of :data:`LIBRARIES`: its probe speaks for the library then."""
 
     @abstractmethod
     def probe(self, device: DeviceFacts) -> Probe:
@@ -90,7 +92,9 @@ LIBRARIES: tuple[Library, ...] = (
 
 def default_providers() -> tuple[FlashProvider, ...]:
     """The providers that come with the package, best first; a wheel passes its own to ``FlashBackend``."""
-    return ()
+    from .ipex import IpexProvider
+
+    return (IpexProvider(),)
 
 
 def missing(device: DeviceFacts, libraries: Sequence[Library] = LIBRARIES) -> str:
