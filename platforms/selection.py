@@ -135,6 +135,14 @@ def _select_asked(
             expected="a platform whose device is here (see makeready doctor)",
         )
     device = _device(provider, probe, device_index)
+    refusal = provider.platform.refusal(device)
+    if refusal is not None:
+        raise PlatformError(
+            f"platform {asked!r} was asked for but cannot serve its device {device_index}: {refusal}",
+            option="platform",
+            value=asked,
+            expected="a device that the platform serves (see makeready doctor)",
+        )
     reason = f"{asked} was asked for; {probe.reason}"
     candidates = tuple(
         Candidate(
@@ -152,17 +160,18 @@ def _select_asked(
 
 
 def _select_auto(providers: Sequence[PlatformProvider], device_index: int) -> PlatformSelection:
-    chosen: tuple[PlatformProvider, ProbeResult, str] | None = None
+    chosen: tuple[PlatformProvider, DeviceFacts, str] | None = None
     candidates = []
     for provider in auto_order(providers):
         probe = run_probe(provider)
-        if not probe.available:
-            reason = probe.reason
+        refusal = _refusal(provider, probe, device_index)
+        if refusal is not None:
+            reason = refusal
         elif chosen is not None:
             reason = f"usable, but {chosen[0].name} comes first in auto's order; --platform {provider.name} takes it"
         else:
             reason = f"the first in auto's order whose probe succeeded; {probe.reason}"
-            chosen = (provider, probe, reason)
+            chosen = (provider, _device(provider, probe, device_index), reason)
         candidates.append(
             Candidate(
                 name=provider.name,
@@ -175,13 +184,15 @@ def _select_auto(providers: Sequence[PlatformProvider], device_index: int) -> Pl
     if chosen is None:
         said = "; ".join(f"{candidate.name}: {candidate.reason}" for candidate in candidates) or "none is installed"
         raise PlatformError(f"no platform can run here: {said}", option="platform", value="auto")
-    provider, probe, reason = chosen
-    return PlatformSelection(
-        provider=provider,
-        device=_device(provider, probe, device_index),
-        reason=reason,
-        candidates=tuple(candidates),
-    )
+    provider, device, reason = chosen
+    return PlatformSelection(provider=provider, device=device, reason=reason, candidates=tuple(candidates))
+
+
+def _refusal(provider: PlatformProvider, probe: ProbeResult, device_index: int) -> str | None:
+    """Why the platform cannot run here: no device, or one that it does not serve."""
+    if not probe.available:
+        return probe.reason
+    return provider.platform.refusal(_device(provider, probe, device_index))
 
 
 def _device(provider: PlatformProvider, probe: ProbeResult, index: int) -> DeviceFacts:

@@ -12,12 +12,13 @@ from typing import TYPE_CHECKING
 import pluggy
 
 from ..attention_backends.interface import AttentionBackend
+from ..cache.block_size import Constraint
 from ..device import DeviceFacts
+from ..platforms.decision import BlockSizeRequest
 from ..platforms.provider import PlatformProvider
-from .records import Constraint, KVConnectorProvider
+from .records import KVConnectorProvider
 
 if TYPE_CHECKING:
-    from ..platforms.interface import BlockSizeRequest
     from ..platforms.ready import Ready
 
 PROJECT = "makeready"

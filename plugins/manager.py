@@ -9,17 +9,18 @@ from typing import TYPE_CHECKING
 
 import pluggy
 
+from ..cache.block_size import Constraint
 from ..device import DeviceFacts
 from ..errors import PluginError
+from ..platforms.decision import BlockSizeRequest
 from ..platforms.provider import PlatformProvider, PluginProblem
 from . import calling, verification
 from .builtin import builtin_plugins
 from .discovery import Found, Source, disabled_names, found_entry_points, loaded
-from .records import BackendOffers, Constraint, KVConnectorProvider, OfferedBackend, PluginInfo, StartupNote
+from .records import BackendOffers, KVConnectorProvider, OfferedBackend, PluginInfo, StartupNote
 from .uniqueness import Claim, repeated
 
 if TYPE_CHECKING:
-    from ..platforms.interface import BlockSizeRequest
     from ..platforms.ready import Ready
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Any
 
 from ..attention_backends.interface import AttentionBackend
 from ..platforms.provider import PluginProblem
@@ -93,18 +93,3 @@ class StartupNote:
 
     plugin: str
     text: str
-
-
-@runtime_checkable
-class Constraint(Protocol):
-    """A block-size constraint as the solver takes it; ``makeready.cache.block_size`` has them."""
-
-    @property
-    def owner(self) -> str:
-        """Who asks for it; named when constraints clash."""
-
-    def accepts(self, size: int) -> bool:
-        """Whether a block of ``size`` tokens satisfies it."""
-
-    def describe(self) -> str:
-        """The constraint in words."""

@@ -9,10 +9,11 @@ from typing import Any
 import pluggy
 
 from ..attention_backends.interface import AttentionBackend
+from ..cache.block_size import CONSTRAINT_TYPES, Constraint
 from ..platforms.interface import Platform
 from ..platforms.provider import PlatformProvider, describe_exception
 from . import hookspecs
-from .records import Constraint, KVConnectorProvider
+from .records import KVConnectorProvider
 
 HOOK_NAMES: tuple[str, ...] = tuple(name for name in vars(hookspecs) if name.startswith(f"{hookspecs.PROJECT}_"))
 
@@ -97,11 +98,7 @@ def checked_connectors(answer: object) -> tuple[KVConnectorProvider, ...]:
 
 def checked_constraints(answer: object) -> tuple[Constraint, ...]:
     """What ``makeready_block_size_constraints`` answered, checked."""
-    constraints: tuple[Constraint, ...] = _sequence_of(answer, Constraint, "makeready_block_size_constraints")
-    for constraint in constraints:
-        if not constraint.owner:
-            raise Refused("makeready_block_size_constraints: a constraint has no owner")
-    return constraints
+    return _sequence_of(answer, CONSTRAINT_TYPES, "makeready_block_size_constraints")
 
 
 def checked_note(answer: object) -> str:
@@ -111,12 +108,13 @@ def checked_note(answer: object) -> str:
     return answer
 
 
-def _sequence_of(answer: object, kind: type[Any], hook: str) -> tuple[Any, ...]:
+def _sequence_of(answer: object, kinds: type[Any] | tuple[type[Any], ...], hook: str) -> tuple[Any, ...]:
+    expected = " or ".join(kind.__name__ for kind in (kinds if isinstance(kinds, tuple) else (kinds,)))
     if isinstance(answer, (str, bytes)) or not isinstance(answer, Sequence):
-        raise Refused(f"{hook} returned {type(answer).__name__}, expected a sequence of {kind.__name__}")
+        raise Refused(f"{hook} returned {type(answer).__name__}, expected a sequence of {expected}")
     for item in answer:
-        if not isinstance(item, kind):
-            raise Refused(f"{hook} returned a sequence with {type(item).__name__}, expected {kind.__name__}")
+        if not isinstance(item, kinds):
+            raise Refused(f"{hook} returned a sequence with {type(item).__name__}, expected {expected}")
     return tuple(answer)
 
 

@@ -7,15 +7,11 @@ from importlib.metadata import EntryPoint
 from types import ModuleType
 
 from makeready.attention_backends.reference import ReferenceBackend
-from makeready.platforms.cpu import CpuPlatform
+from makeready.platforms.interface import Platform
 from makeready.platforms.provider import PlatformProvider
 from makeready.plugins.doctor import examine
 from makeready.plugins.hookspecs import hookimpl
 from makeready.plugins.manager import load_plugins
-
-
-class AcmePlatform(CpuPlatform):
-    name = "acme"
 
 
 class RudeBackend(ReferenceBackend):
@@ -31,7 +27,8 @@ def rude_plugin() -> ModuleType:
     def probe():
         raise OSError("libacme.so is gone")
 
-    given = PlatformProvider(name="acme", platform=AcmePlatform(), probe=probe, distribution="makeready-acme")
+    acme = Platform(name="acme", device_type="cpu")
+    given = PlatformProvider(name="acme", platform=acme, probe=probe, distribution="makeready-acme")
     module = ModuleType("acme")
     module.makeready_platforms = hookimpl(lambda: [given])
     module.makeready_attention_backends = hookimpl(lambda device: [RudeBackend()])

@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
-from types import SimpleNamespace
-
 import pytest
 
 from makeready.device import DeviceFacts
 from makeready.errors import PlatformError, PluginError
+from makeready.platforms.interface import Platform
 from makeready.platforms.provider import PlatformProvider, PluginProblem, ProbeResult
 from makeready.platforms.selection import select_platform
 
 
-def provider(name: str, *, devices: int = 1, probe=None) -> PlatformProvider:
+def provider(name: str, *, devices: int = 1, probe=None, capability=None, least=None) -> PlatformProvider:
     """A platform with ``devices`` devices, or whose probe says that there is none."""
-    found = tuple(DeviceFacts(platform=name, device_type=name, index=i, name=f"{name} {i}") for i in range(devices))
+    found = tuple(
+        DeviceFacts(platform=name, device_type=name, index=i, name=f"{name} {i}", compute_capability=capability)
+        for i in range(devices)
+    )
     result = ProbeResult(
         available=devices > 0,
         reason=f"{devices} devices" if devices else f"no {name} device: the driver is not loaded",
@@ -22,7 +24,7 @@ def provider(name: str, *, devices: int = 1, probe=None) -> PlatformProvider:
     )
     return PlatformProvider(
         name=name,
-        platform=SimpleNamespace(name=name, device_type=name),
+        platform=Platform(name=name, device_type=name, min_compute_capability=least),
         probe=probe or (lambda: result),
         distribution=f"makeready-{name}",
     )
@@ -142,3 +144,12 @@ def test_a_probe_that_breaks_its_contract_is_an_error_not_a_no(probe, text):
 def test_no_platform_at_all_keeps_every_reason():
     with pytest.raises(PlatformError, match="no platform can run here: cuda: no cuda device"):
         select_platform([provider("cuda", devices=0)], None)
+
+
+def test_a_device_that_the_platform_refuses_is_not_chosen_by_auto_and_an_error_when_asked_for():
+    old = provider("cuda", capability=(6, 1), least=(7, 5))
+    selection = select_platform([old, provider("cpu")], None)
+    assert selection.provider.name == "cpu"
+    assert "compute capability 6.1; cuda needs 7.5" in selection.candidates[0].reason
+    with pytest.raises(PlatformError, match="platform 'cuda' was asked for but .* compute capability 6.1"):
+        select_platform([old, provider("cpu")], "cuda")

@@ -8,9 +8,11 @@ from types import ModuleType, SimpleNamespace
 import pytest
 
 from makeready.attention_backends.reference import ReferenceBackend
+from makeready.cache.block_size import MultipleOf
 from makeready.device import DeviceFacts
 from makeready.errors import PluginError
-from makeready.platforms.cpu import CpuPlatform
+from makeready.platforms.cpu import CPU as CPU_PLATFORM
+from makeready.platforms.interface import Platform
 from makeready.platforms.provider import PlatformProvider, PluginProblem, ProbeResult
 from makeready.plugins.hookspecs import hookimpl
 from makeready.plugins.manager import load_plugins
@@ -19,8 +21,7 @@ from makeready.plugins.records import KVConnectorProvider
 CPU = DeviceFacts(platform="cpu", device_type="cpu")
 
 
-class AcmePlatform(CpuPlatform):
-    name = "acme"
+ACME = Platform(name="acme", device_type="cpu")
 
 
 class OtherBackend(ReferenceBackend):
@@ -28,7 +29,7 @@ class OtherBackend(ReferenceBackend):
 
 
 def provider(platform=None) -> PlatformProvider:
-    platform = platform or AcmePlatform()
+    platform = platform or ACME
     device = DeviceFacts(platform=platform.name, device_type="cpu", name="Acme One")
     probe = ProbeResult(available=True, reason="1 device: Acme One", devices=(device,))
     return PlatformProvider(
@@ -116,11 +117,11 @@ def test_plugins_that_break_at_import_are_named_and_the_others_load():
         (unmarked(makeready_platforms=lambda: []), "register", "not marked with @makeready"),
         (unmarked(), "register", "implements none of the hooks"),
         (SimpleNamespace(), "register", "unhashable"),
-        (AcmePlatform, "register", "names the class AcmePlatform"),
+        (OtherBackend, "register", "names the class OtherBackend"),
         (plugin(makeready_platforms=lambda: 1 / 0), "call", "makeready_platforms: ZeroDivisionError"),
         (plugin(makeready_platforms=lambda: None), "result", "returned NoneType, expected a sequence"),
         (plugin(makeready_platforms=lambda: "acme"), "result", "returned str, expected a sequence"),
-        (plugin(makeready_platforms=lambda: [AcmePlatform()]), "result", "with AcmePlatform, expected Platform"),
+        (plugin(makeready_platforms=lambda: [ACME]), "result", "with Platform, expected PlatformProvider"),
         (plugin(makeready_platforms=lambda: [provider(), provider()]), "result", "names acme more than once"),
         (plugin(makeready_kv_connectors=lambda: [3]), "result", "with int, expected KVConnectorProvider"),
     ],
@@ -144,7 +145,7 @@ def test_a_hook_wrapper_is_refused():
 
 def test_a_policy_of_the_wrong_type_or_name_is_refused():
     wrong_type = PlatformProvider(name="acme", platform=object(), probe=lambda: None, distribution="d")
-    wrong_name = PlatformProvider(name="amce", platform=AcmePlatform(), probe=lambda: None, distribution="d")
+    wrong_name = PlatformProvider(name="amce", platform=ACME, probe=lambda: None, distribution="d")
     assert "is object, expected an instance of" in only_problem(
         load(("acme", plugin(makeready_platforms=lambda: [wrong_type])))
     ).exception
@@ -164,7 +165,7 @@ def test_one_name_from_two_wheels_is_given_to_neither_and_both_are_named():
 
 
 def test_the_package_s_own_platform_cannot_be_taken_over():
-    plugins = load(("thief", plugin(makeready_platforms=lambda: [provider(CpuPlatform())])))
+    plugins = load(("thief", plugin(makeready_platforms=lambda: [provider(CPU_PLATFORM)])))
     assert [given.distribution for given in plugins.providers] == ["makeready"]
     assert "the platform 'cpu' is also brought by plugin 'cpu' (makeready" in only_problem(plugins).exception
 
@@ -189,20 +190,11 @@ def test_a_backend_hook_that_raises_does_not_take_the_others_along():
     assert offers.problems[0].exception.startswith("makeready_attention_backends: AttributeError")
 
 
-class Chunks:
-    owner = "acme_link"
-
-    def accepts(self, size):
-        return size % 64 == 0
-
-    def describe(self):
-        return "a multiple of 64"
-
-
 def test_block_size_constraints_are_collected_and_a_failure_is_an_error():
-    plugins = load(("acme", plugin(makeready_block_size_constraints=lambda request: [Chunks()])))
+    chunks = MultipleOf(64, owner="acme_link")
+    plugins = load(("acme", plugin(makeready_block_size_constraints=lambda request: [chunks])))
     assert [constraint.owner for constraint in plugins.block_size_constraints(None)] == ["acme_link"]
-    for broken, text in ((lambda request: [64], "with int, expected Constraint"), (lambda: 1 / 0, "ZeroDivisionError")):
+    for broken, text in ((lambda request: [64], "with int, expected MultipleOf or"), (lambda: 1 / 0, "ZeroDivisionError")):
         plugins = load(("acme", plugin(makeready_block_size_constraints=broken)))
         with pytest.raises(PluginError, match=f"plugin 'acme' .*{text}"):
             plugins.block_size_constraints(None)

@@ -75,13 +75,16 @@ def build(project: Path, wheelhouse: Path) -> None:
 
 
 def copy_of_tree(folder: Path) -> Path:
-    """The repository's files as git knows them, new ones too, without what was built or cached."""
+    """The repository's files, new ones too, without what was built or cached."""
     listed = subprocess.run(
         ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"],
         cwd=ROOT,
         capture_output=True,
-        check=True,
+        check=False,
     )
+    if listed.returncode != 0:  # a copy of the tree without its history
+        built = shutil.ignore_patterns(".*", "build", "dist", "__pycache__", "*.egg-info")
+        return shutil.copytree(ROOT, folder, ignore=built)
     for name in filter(None, listed.stdout.decode().split("\0")):
         if (ROOT / name).is_file():
             (folder / name).parent.mkdir(parents=True, exist_ok=True)
