@@ -171,9 +171,7 @@ def _warnings(decision: BlockSizeDecision, groups: Sequence[LayerGroup], per_blo
     raw = decision.state_raw_bytes
     if raw and 100 * (decision.state_page_bytes - raw) > NOTABLE_PADDING_PCT * raw:
         pct = 100 * (decision.state_page_bytes - raw) / raw
-        found.append(
-            f"states of {raw} bytes take pages of {decision.state_page_bytes} bytes, {pct:.1f} % of their size is padding."
-        )
+        found.append(f"states of {raw} bytes take pages of {decision.state_page_bytes} bytes: padding of {pct:.1f} %.")
     floor = len(groups) * per_block
     if decision.block_size > 8 * decision.phase1_block_size:
         found.append(
