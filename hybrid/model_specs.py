@@ -119,6 +119,7 @@ def read_model(
         )
     fields, notes = _fields(model, name)
     model_type, family = _family(fields)
+    notes += [family.note] if family.note else []
     layers = (None if family.fixed_layers else explicit_layers(fields)) or family.default_layers(fields)
     model_dtype = _model_dtype(fields, dtype, notes)
     stored = resolve_kv_cache_dtype(kv_cache_dtype, model_dtype)

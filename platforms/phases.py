@@ -47,8 +47,8 @@ def decide(
     _check_mamba_block_size_applies(request)
     backends = _distinct(request.backends)
     reasons: list[str] = []
-    kernels = checked([*kernel_constraints(backends), *request.extra_constraints])
-    hard = checked([*kernels, *declared, *_phase2_constraints(request)])
+    kernels = checked([*kernel_constraints(backends), *declared, *request.extra_constraints])
+    hard = checked([*kernels, *_phase2_constraints(request)])
     _check_mamba_block_size(request, hard)
     if request.block_size is not None:
         check(request.block_size, hard)
@@ -91,11 +91,11 @@ def _phase1(
         reasons.append(f"phase 1: block_size {request.block_size} is the user's and suits every attention kernel.")
         return request.block_size
     wishes = {b.name: request.preferred_block_sizes.get(b.name) or preferred_block_size(b, default) for b in backends}
-    size = solve(kernels, start=max(wishes.values(), default=default))
+    start = max(wishes.values(), default=default)
+    size = smallest_accepted(kernels, start) or largest_accepted(kernels, start) or solve(kernels)
     said = ", ".join(f"{name} prefers {wish}" for name, wish in wishes.items()) or "there is no attention backend"
     reasons.append(
-        f"phase 1: {said} from {platform}'s default of {default}; the smallest block from there on that all "
-        f"accept is {size}."
+        f"phase 1: {said} from {platform}'s default of {default}; the block next to that which all accept is {size}."
     )
     return size
 
@@ -125,7 +125,7 @@ def _phase2(request: BlockSizeRequest, phase1: int, hard: tuple[Constraint, ...]
     wished = checked([*hard, *alignment_preferences(request.attention, phase1)])
     size = smallest_accepted(wished, phase1)
     if size is None:
-        size = solve(hard)
+        size, wished = solve(hard), hard
         reasons.append(
             f"phase 2: no block is a multiple of the phase 1 block size {phase1} and suits all, so that this "
             "preference is dropped."
