@@ -53,7 +53,6 @@ def test_what_is_declared_is_served():
     ("change", "request_", "sentence"),
     [
         ({}, layer(dtype="float32"), "full computes in bfloat16, and the layer in float32"),
-        ({}, layer(dtype="bfloat16") and layer(dtype="bfloat16"), None),
         (
             {"kv_cache_dtypes": frozenset({"float16"})},
             layer(),
