@@ -8,28 +8,23 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
-from .attention_backends.interface import (
-    AttentionBackend,
-    AttentionImpl,
-    BuildRequest,
-    Probe,
-)
-from .attention_backends.selection import Selection, select_backend
-from .cache.layout import CacheLayout
+from .attention_backends.interface import AttentionBackend, Probe
+from .cache.capacity import useful_blocks
 from .config import EngineConfig
 from .device import DeviceFacts
 from .errors import ConfigError, PlatformError
 from .hybrid.model_specs import ModelSpec, read_model
+from .platforms.backends import choose_backends
 from .platforms.interface import Platform
 from .platforms.known import plannable_platforms
 from .platforms.plan import Plan
 from .platforms.planning import block_size_request, plan_model
+from .platforms.ready import Ready, make_ready
 from .platforms.selection import select_platform
 from .plugins.manager import Plugins, load_plugins
 
 if TYPE_CHECKING:
     from .engines.transformers.records import Completion, Progress, SamplingParams
-    from .platforms.ready import Ready
 
 Model = str | Path | Mapping[str, Any]
 
@@ -65,7 +60,8 @@ def plan(model: Model | EngineConfig, *, engine: str = "vllm", **options: Any) -
     config = _as_config(model, options)
     spec = _read(config, engine)
     plugins = load_plugins()
-    return _decide(config, spec, _planned_surroundings(config, plugins))
+    decided, _ = _decide(config, spec, _planned_surroundings(config, plugins))
+    return decided
 
 
 def prepare(model: Model | EngineConfig | None = None, **options: Any) -> Ready:
@@ -80,8 +76,11 @@ def prepare(model: Model | EngineConfig | None = None, **options: Any) -> Ready:
     spec = _read(config, "transformers")
     plugins = load_plugins()
     around = _surroundings_here(config, plugins)
-    decided = _decide(config, spec, around)
-    ready = _allocate_and_build(config, spec, decided, around)
+    decided, backends = _decide(config, spec, around)
+    fitted = _without_idle_blocks(config, decided)
+    if fitted is not config:
+        decided, backends = _decide(fitted, spec, around)
+    ready = make_ready(fitted, decided, backends, around.device)
     for note in plugins.engine_startup(ready):
         ready = replace(ready, notes=(*ready.notes, f"{note.plugin}: {note.text}"))
     return ready
@@ -194,3 +193,45 @@ def _surroundings_here(config: EngineConfig, plugins: Plugins) -> _Surroundings:
             *(problem.sentence() for problem in (*plugins.problems, *offers.problems)),
         ),
     )
+
+
+def _decide(
+    config: EngineConfig, spec: ModelSpec, around: _Surroundings
+) -> tuple[Plan, Mapping[int, AttentionBackend]]:
+    """A backend for every attention layer, then block size, pages and capacity."""
+    chosen = choose_backends(
+        spec.layer_requests(),
+        around.backends,
+        around.device,
+        order=around.platform.backend_order,
+        asked=config.attention.backend,
+        batch_invariant=config.attention.batch_invariant,
+        probes=around.probes,
+    )
+    capabilities = {layer: backend.capabilities(around.device) for layer, backend in chosen.by_layer.items()}
+    preferred = {
+        backend.name: backend.get_preferred_block_size(around.device, around.platform.default_block_size)
+        for backend in chosen.by_layer.values()
+    }
+    request = block_size_request(spec, capabilities, config, preferred_block_sizes=preferred)
+    decided = plan_model(
+        spec,
+        around.platform,
+        capabilities,
+        config,
+        around.device,
+        extra_constraints=around.plugins.block_size_constraints(request),
+        preferred_block_sizes=preferred,
+        reasons=(*around.reasons, *chosen.reasons),
+        refusals=(*around.refusals, *chosen.refusals),
+    )
+    return decided, chosen.by_layer
+
+
+def _without_idle_blocks(config: EngineConfig, plan: Plan) -> EngineConfig:
+    """Where memory was left to makeready: a pool no larger than ``max_num_seqs`` longest requests can hold."""
+    cache = config.cache
+    if plan.capacity is None or cache.num_blocks is not None or cache.memory_bytes is not None:
+        return config
+    useful = useful_blocks(plan.groups, plan.max_model_len, config.scheduler.max_num_seqs)
+    return replace(config, cache=replace(cache, num_blocks=min(useful, plan.capacity.num_blocks)))

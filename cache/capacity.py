@@ -71,6 +71,11 @@ class Holding:
         return (self.request_blocks(groups, num_tokens) + NULL_BLOCKS) * bytes_per_block
 
 
+def useful_blocks(groups: Sequence[LayerGroup], max_model_len: int, max_num_seqs: int) -> int:
+    """Blocks that ``max_num_seqs`` requests of ``max_model_len`` tokens hold, and the null block: never more."""
+    return max_num_seqs * Holding().request_blocks(groups, max_model_len) + NULL_BLOCKS
+
+
 def plan_capacity(
     groups: Sequence[LayerGroup],
     bytes_per_block: int,

@@ -7,9 +7,7 @@ from collections.abc import Sequence
 from .specs import AttentionSpec, LayerGroup, LayerSpec, MambaSpec
 
 
-def group_layers(
-    layers: Sequence[LayerSpec], block_size: int, state_block_size: int
-) -> tuple[LayerGroup, ...]:
+def group_layers(layers: Sequence[LayerSpec], block_size: int, state_block_size: int) -> tuple[LayerGroup, ...]:
     """Split layers into groups of equal specs and about equal size.
 
     A block id belongs to one group and holds one page of each of its layers, so that the largest group sets what

@@ -97,9 +97,7 @@ class ConfigFields:
     def missing(self, names: Sequence[str]) -> ModelConfigError:
         """The error for a field that is not there."""
         words = " or ".join(names)
-        return ModelConfigError(
-            f"{self.source} lacks the field {words}", option=names[0], value=None, expected=words
-        )
+        return ModelConfigError(f"{self.source} lacks the field {words}", option=names[0], value=None, expected=words)
 
     def broken(self, name: str, value: object, expected: str) -> ModelConfigError:
         """The error for a field with an unusable value."""

@@ -50,9 +50,7 @@ class Family:
 
 def jamba_layers(fields: ConfigFields) -> tuple[LayerKind, ...]:
     """Attention once per period."""
-    return every(
-        fields, fields.integer("attn_layer_period"), fields.integer("attn_layer_offset", least=0), _A, _S
-    )
+    return every(fields, fields.integer("attn_layer_period"), fields.integer("attn_layer_offset", least=0), _A, _S)
 
 
 def bamba_layers(fields: ConfigFields) -> tuple[LayerKind, ...]:
@@ -184,9 +182,7 @@ def plamo_head_dim(fields: ConfigFields) -> int:
 
 def _families() -> dict[str, Family]:
     delta = Family(mixer=read.gated_delta_net, default_layers=every_fourth)
-    qwen35 = Family(
-        mixer=read.gated_delta_net, default_layers=every_fourth, ssm_dtype_field="mamba_ssm_dtype"
-    )
+    qwen35 = Family(mixer=read.gated_delta_net, default_layers=every_fourth, ssm_dtype_field="mamba_ssm_dtype")
     dense, qwen, mla = (
         Family(default_layers=full),
         Family(default_layers=qwen_layers),

@@ -67,17 +67,13 @@ def all_of(kind: LayerKind, fields: ConfigFields) -> tuple[LayerKind, ...]:
     return (kind,) * fields.integer("num_hidden_layers")
 
 
-def every(
-    fields: ConfigFields, period: int, offset: int, at: LayerKind, rest: LayerKind
-) -> tuple[LayerKind, ...]:
+def every(fields: ConfigFields, period: int, offset: int, at: LayerKind, rest: LayerKind) -> tuple[LayerKind, ...]:
     """``at`` in layers whose index leaves ``offset`` when divided by ``period``, else ``rest``."""
     count = fields.integer("num_hidden_layers")
     return tuple(at if i % period == offset else rest for i in range(count))
 
 
-def attention_at(
-    fields: ConfigFields, indices: tuple[int, ...], *, name: str, base: int = 0
-) -> tuple[LayerKind, ...]:
+def attention_at(fields: ConfigFields, indices: tuple[int, ...], *, name: str, base: int = 0) -> tuple[LayerKind, ...]:
     """Attention in the layers ``indices``, counted from ``base``; states in all others.
 
     :raises ModelConfigError: for an index that is no layer.

@@ -85,9 +85,7 @@ def gated_delta_net(fields: ConfigFields) -> GatedDeltaNet:
 def olmo_delta_net(fields: ConfigFields) -> GatedDeltaNet:
     """Olmo-Hybrid: widths that are null follow from the attention heads and the hidden width."""
     key_heads = fields.integer("linear_num_key_heads", "num_attention_heads")
-    key_dim = fields.integer(
-        "linear_key_head_dim", default=3 * fields.integer("hidden_size") // (4 * key_heads)
-    )
+    key_dim = fields.integer("linear_key_head_dim", default=3 * fields.integer("hidden_size") // (4 * key_heads))
     return GatedDeltaNet(
         key_heads=key_heads,
         value_heads=fields.integer("linear_num_value_heads", "num_attention_heads"),
@@ -115,9 +113,7 @@ def kimi_delta(fields: ConfigFields) -> KimiDelta:
 
 def short_conv(fields: ConfigFields) -> ShortConv:
     """LFM2."""
-    return ShortConv(
-        channels=fields.integer("conv_dim", "hidden_size"), kernel=fields.integer("conv_L_cache")
-    )
+    return ShortConv(channels=fields.integer("conv_dim", "hidden_size"), kernel=fields.integer("conv_L_cache"))
 
 
 def lightning(fields: ConfigFields) -> Lightning:

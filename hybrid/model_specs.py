@@ -84,9 +84,7 @@ class ModelSpec:
     def layer_requests(self) -> tuple[LayerRequest, ...]:
         """What each attention layer asks of a backend."""
         return tuple(
-            LayerRequest(
-                layer=layer.layer, spec=layer.spec, dtype=self.dtype, soft_cap=self.soft_cap, sinks=self.sinks
-            )
+            LayerRequest(layer=layer.layer, spec=layer.spec, dtype=self.dtype, soft_cap=self.soft_cap, sinks=self.sinks)
             for layer in self.layers
             if isinstance(layer.spec, AttentionSpec)
         )
@@ -231,9 +229,7 @@ def _layer_specs(
     for index, kind in enumerate(layers):
         if kind in (LayerKind.STATE, LayerKind.BOTH, LayerKind.BOTH_SLIDING):
             if state is None:
-                raise fields.broken(
-                    "layer_types", "a state layer", "attention layers only, as its family has"
-                )
+                raise fields.broken("layer_types", "a state layer", "attention layers only, as its family has")
             found.append(LayerSpec(layer=index, spec=state))
         if kind in (LayerKind.ATTENTION, LayerKind.BOTH) and attention is not None:
             found.append(LayerSpec(layer=index, spec=attention))
@@ -242,9 +238,7 @@ def _layer_specs(
     return found
 
 
-def _attention_spec(
-    fields: ConfigFields, family: Family, stored: str, tp: int, window: int | None
-) -> AttentionSpec:
+def _attention_spec(fields: ConfigFields, family: Family, stored: str, tp: int, window: int | None) -> AttentionSpec:
     heads = fields.integer("num_attention_heads")
     if heads % tp:
         raise uneven("attention heads", heads, tp)
@@ -323,9 +317,7 @@ def _state_spec(
     dtypes = {"conv": conv, "recurrent": recurrent}
     return MambaSpec(
         kind=mixer.kind,
-        states=tuple(
-            StateTensor(name=name, shape=shape, dtype=dtypes[name]) for name, shape in mixer.shapes(rank)
-        ),
+        states=tuple(StateTensor(name=name, shape=shape, dtype=dtypes[name]) for name, shape in mixer.shapes(rank)),
     )
 
 

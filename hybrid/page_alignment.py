@@ -41,9 +41,7 @@ def largest_state(states: Iterable[MambaSpec]) -> MambaSpec | None:
     return max(states, key=lambda spec: (spec.state_bytes, spec.kind), default=None)
 
 
-def state_constraints(
-    attention: Iterable[AttentionSpec], states: Iterable[MambaSpec]
-) -> tuple[Constraint, ...]:
+def state_constraints(attention: Iterable[AttentionSpec], states: Iterable[MambaSpec]) -> tuple[Constraint, ...]:
     """What has to hold: one block of attention holds the largest state. Empty unless the model is hybrid."""
     per_token, state = bytes_per_token(attention), largest_state(states)
     if not per_token or state is None:
@@ -51,9 +49,7 @@ def state_constraints(
     return (AtLeastPage(state.state_bytes, per_token, owner=f"the {state.kind} state"),)
 
 
-def alignment_preferences(
-    attention: Iterable[AttentionSpec], phase1_block_size: int
-) -> tuple[Constraint, ...]:
+def alignment_preferences(attention: Iterable[AttentionSpec], phase1_block_size: int) -> tuple[Constraint, ...]:
     """What an automatic choice keeps to on top: a user's own block size need not."""
     wishes: list[Constraint] = [MultipleOf(phase1_block_size, owner="the phase 1 block size")]
     if any(spec.mla for spec in attention):
@@ -61,9 +57,7 @@ def alignment_preferences(
     return tuple(wishes)
 
 
-def unified_pages(
-    attention: Iterable[AttentionSpec], states: Iterable[MambaSpec], block_size: int
-) -> UnifiedPages:
+def unified_pages(attention: Iterable[AttentionSpec], states: Iterable[MambaSpec], block_size: int) -> UnifiedPages:
     """The pages at ``block_size``, which satisfies :func:`state_constraints`."""
     per_token, state = bytes_per_token(attention), largest_state(states)
     raw = state.state_bytes if state is not None else 0

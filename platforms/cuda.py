@@ -4,5 +4,9 @@ from __future__ import annotations
 
 from .interface import Platform
 
-CUDA = Platform(name="cuda", device_type="cuda")
-"""Every compute capability that a backend's own kernels take; backends refuse devices by themselves."""
+
+class CudaPlatform(Platform):
+    """No limits of its own: a backend's capabilities say which compute capabilities its kernels take."""
+
+    name = "cuda"
+    device_type = "cuda"

@@ -176,19 +176,11 @@ def _phase1(
 ) -> int:
     """The size that kernels like best; the user's own where there is one."""
     if request.block_size is not None:
-        reasons.append(
-            f"phase 1: block_size {request.block_size} is the user's and suits every attention kernel."
-        )
+        reasons.append(f"phase 1: block_size {request.block_size} is the user's and suits every attention kernel.")
         return request.block_size
-    wishes = {
-        b.name: request.preferred_block_sizes.get(b.name) or preferred_block_size(b, default)
-        for b in backends
-    }
+    wishes = {b.name: request.preferred_block_sizes.get(b.name) or preferred_block_size(b, default) for b in backends}
     size = solve(kernels, start=max(wishes.values(), default=default))
-    said = (
-        ", ".join(f"{name} prefers {wish}" for name, wish in wishes.items())
-        or "there is no attention backend"
-    )
+    said = ", ".join(f"{name} prefers {wish}" for name, wish in wishes.items()) or "there is no attention backend"
     reasons.append(
         f"phase 1: {said} from {platform}'s default of {default}; the smallest block from there on that all "
         f"accept is {size}."
@@ -217,9 +209,7 @@ def _phase2(request: BlockSizeRequest, phase1: int, hard: tuple[Constraint, ...]
         reasons.append(f"phase 2: block_size {request.block_size} is kept, every constraint accepts it.")
         return request.block_size
     if not request.attention:
-        reasons.append(
-            "phase 2: the model has no attention; a page is a state and the block size counts nothing."
-        )
+        reasons.append("phase 2: the model has no attention; a page is a state and the block size counts nothing.")
     wished = checked([*hard, *alignment_preferences(request.attention, phase1)])
     size = smallest_accepted(wished, phase1)
     if size is None:
@@ -243,9 +233,7 @@ def _check_mamba_block_size(request: BlockSizeRequest, hard: tuple[Constraint, .
     wanted = request.mamba_block_size
     finite = [rule for rule in others if isinstance(rule, OneOf)]
     if finite:
-        values = tuple(
-            sorted({m for n in finite[0].sizes for m in (wanted // n * n, -(-wanted // n) * n) if m})
-        )
+        values = tuple(sorted({m for n in finite[0].sizes for m in (wanted // n * n, -(-wanted // n) * n) if m}))
     else:
         values = tuple(n for n in (largest_accepted(others, wanted), smallest_accepted(others, wanted)) if n)
     said = "; ".join(f"{rule.owner} needs {rule.describe()}" for rule in others)
@@ -295,9 +283,7 @@ def _mamba_block_size(request: BlockSizeRequest, block_size: int, reasons: list[
     return block_size
 
 
-def _explain_pages(
-    request: BlockSizeRequest, pages: UnifiedPages, block_size: int, reasons: list[str]
-) -> None:
+def _explain_pages(request: BlockSizeRequest, pages: UnifiedPages, block_size: int, reasons: list[str]) -> None:
     state = largest_state(request.states)
     if state is None or not request.attention:
         return

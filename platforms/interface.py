@@ -1,7 +1,7 @@
 """A platform is data: one kind of device and all that differs because of it.
 
-A vendor makes one :class:`Platform` with its numbers. Nothing is overridden; what a platform needs beyond the
-common rules it declares as a constraint.
+A vendor derives from :class:`Platform` and sets its numbers. No method is overridden: what a platform needs
+beyond the common rules it declares as a constraint.
 """
 
 from __future__ import annotations
@@ -13,6 +13,8 @@ from ..cache.block_size import Constraint
 from ..device import DeviceFacts
 from .decision import BlockSizeDecision, BlockSizeRequest, decide
 
+__all__ = ["BlockSizeDecision", "BlockSizeRequest", "Platform", "StateConstraint"]
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StateConstraint:
@@ -23,12 +25,11 @@ class StateConstraint:
     constraint: Constraint
 
 
-@final
-@dataclass(frozen=True, slots=True, kw_only=True)
 class Platform:
-    """One kind of device."""
+    """One kind of device. Subclasses only set the attributes; instances have no state."""
 
     name: str
+    """What the user writes after ``--platform``."""
     device_type: str
     """What ``torch.device`` calls it."""
     default_block_size: int = 16
@@ -36,11 +37,11 @@ class Platform:
     backend_order: tuple[str, ...] = ("flash", "flex", "reference")
     """Attention backends that automatic selection tries, best first."""
     constraints: tuple[Constraint, ...] = ()
-    """What holds for every hybrid model on this platform."""
+    """What every block size on this platform must satisfy."""
     state_constraints: tuple[StateConstraint, ...] = ()
-    """What holds for models with certain states."""
+    """What models with certain states must satisfy on top."""
     min_compute_capability: tuple[int, int] | None = None
-    """Oldest CUDA compute capability that is served."""
+    """Oldest CUDA compute capability that is served; ``None`` for all."""
 
     def declared_constraints(self, request: BlockSizeRequest) -> tuple[Constraint, ...]:
         """What this platform adds for the states in ``request``."""
@@ -48,6 +49,7 @@ class Platform:
         found = [entry.constraint for entry in self.state_constraints if kinds & entry.kinds]
         return (*self.constraints, *found)
 
+    @final
     def update_block_size_for_backend(self, request: BlockSizeRequest) -> BlockSizeDecision:
         """The KV block size and all pages, in phase 1 and phase 2; changes nothing.
 

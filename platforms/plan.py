@@ -45,6 +45,11 @@ class Plan:
     warnings: tuple[str, ...]
 
     @property
+    def block_size(self) -> int:
+        """Tokens of one block of an attention group."""
+        return self.decision.block_size
+
+    @property
     def page_bytes(self) -> int:
         """The one page size of the pool, in bytes."""
         return self.decision.page_bytes
@@ -113,10 +118,7 @@ class Plan:
             f"  block id        {format_bytes(self.pool_bytes_per_block)}: {self.slots_per_block} pages, "
             f"for one of {len(self.groups)} groups"
         )
-        lines += [
-            f"    group {g.index}       {len(g.layers)} x {g.kind}, {g.block_size} tokens"
-            for g in self.groups
-        ]
+        lines += [f"    group {g.index}       {len(g.layers)} x {g.kind}, {g.block_size} tokens" for g in self.groups]
         lines += self._capacity_lines()
         for title, sentences in (("why", self.reasons), ("refused", self.refusals), ("mind", self.warnings)):
             if sentences:
@@ -130,9 +132,7 @@ class Plan:
 
     def _capacity_lines(self) -> list[str]:
         if self.capacity is None:
-            return [
-                "  capacity        unknown: no memory budget was given and the device's memory is not known"
-            ]
+            return ["  capacity        unknown: no memory budget was given and the device's memory is not known"]
         capacity = self.capacity
         counts = ", ".join(f"{count} of {length}" for length, count in capacity.concurrency.items())
         return [
@@ -163,6 +163,4 @@ def _states(model: ModelSpec) -> list[dict[str, object]]:
     largest = largest_state(layer.spec for layer in model.layers if isinstance(layer.spec, MambaSpec))
     if largest is None:
         return []
-    return [
-        {"name": tensor.name, "shape": list(tensor.shape), "dtype": tensor.dtype} for tensor in largest.states
-    ]
+    return [{"name": tensor.name, "shape": list(tensor.shape), "dtype": tensor.dtype} for tensor in largest.states]

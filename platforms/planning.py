@@ -18,6 +18,8 @@ from .decision import BlockSizeDecision, BlockSizeRequest
 from .interface import Platform
 from .plan import Plan, PlannedLayer
 
+__all__ = ["Plan", "block_size_request", "plan_model"]
+
 LENGTHS = (512, 4096, 32768, 131072)
 """Request lengths, in tokens, that concurrency is counted for, beside the longest."""
 NOTABLE_PADDING_PCT = 10.0
@@ -84,16 +86,12 @@ def plan_model(
         prefill_checkpoint_alignment=prefill_checkpoint_alignment,
     )
     decision = platform.update_block_size_for_backend(request)
-    groups = group_layers(
-        model.layers, decision.block_size, _state_block_size(decision, request.max_model_len)
-    )
+    groups = group_layers(model.layers, decision.block_size, _state_block_size(decision, request.max_model_len))
     per_block = pool_bytes_per_block(groups, decision.page_bytes)
     said = [*reasons, *model.notes, *decision.reasons, *_grouping_reasons(groups, per_block)]
     warnings = _warnings(decision, groups, per_block)
     capacity = _capacity(model, config, device, groups, per_block, request.max_model_len, said)
-    max_model_len = _served_max_model_len(
-        config, capacity, groups, per_block, request.max_model_len, warnings
-    )
+    max_model_len = _served_max_model_len(config, capacity, groups, per_block, request.max_model_len, warnings)
     return Plan(
         model=model,
         platform=platform.name,
@@ -148,13 +146,9 @@ def _state_block_size(decision: BlockSizeDecision, max_model_len: int) -> int:
     return decision.mamba_block_size or max_model_len
 
 
-def _planned(
-    layer: LayerSpec, backends: Mapping[int, Capabilities], decision: BlockSizeDecision
-) -> PlannedLayer:
+def _planned(layer: LayerSpec, backends: Mapping[int, Capabilities], decision: BlockSizeDecision) -> PlannedLayer:
     if isinstance(layer.spec, MambaSpec):
-        return PlannedLayer(
-            layer=layer.layer, kind=layer.kind, backend=None, page_bytes=layer.spec.state_bytes
-        )
+        return PlannedLayer(layer=layer.layer, kind=layer.kind, backend=None, page_bytes=layer.spec.state_bytes)
     return PlannedLayer(
         layer=layer.layer,
         kind=layer.kind,
@@ -200,9 +194,7 @@ def _capacity(
 ) -> Capacity | None:
     budget = None if config.cache.num_blocks is not None else _budget(model, config, device, reasons)
     if not groups or (budget is None and config.cache.num_blocks is None):
-        reasons.append(
-            "capacity: not computed, no memory budget was given and the device's memory is not known."
-        )
+        reasons.append("capacity: not computed, no memory budget was given and the device's memory is not known.")
         return None
     return plan_capacity(
         groups,
@@ -220,9 +212,7 @@ def _holding(config: EngineConfig) -> Holding:
     return Holding(mamba_cache_mode=config.cache.mamba_cache_mode)
 
 
-def _budget(
-    model: ModelSpec, config: EngineConfig, device: DeviceFacts | None, reasons: list[str]
-) -> int | None:
+def _budget(model: ModelSpec, config: EngineConfig, device: DeviceFacts | None, reasons: list[str]) -> int | None:
     """Bytes for the cache on this rank: the setting, or what the device has beside the weights."""
     if config.cache.memory_bytes is not None:
         reasons.append(f"memory: {format_bytes(config.cache.memory_bytes)} for the cache as the user set.")
@@ -232,9 +222,7 @@ def _budget(
         return None
     share = int(total * config.cache.memory_fraction)
     weights = -(-(model.weights_bytes or 0) // model.tensor_parallel_size)
-    known = (
-        f"{format_bytes(weights)} of weights" if weights else "weights, which are not known and count as 0"
-    )
+    known = f"{format_bytes(weights)} of weights" if weights else "weights, which are not known and count as 0"
     reasons.append(
         f"memory: {config.cache.memory_fraction:g} of {format_bytes(total)} less {known} leaves "
         f"{format_bytes(max(0, share - weights))} for the cache."

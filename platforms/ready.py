@@ -4,13 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import TYPE_CHECKING
 
-from ..cache.specs import LayerGroup
-from ..config import EngineConfig
-from ..device import DeviceFacts
-from ..hybrid.model_specs import ModelSpec
-from .planning import Plan
+from ..attention_backends.interface import AttentionBackend, BuildRequest
+from ..cache.layout import CacheLayout
+from ..cache.specs import AttentionSpec, LayerGroup, LayerSpec
+from ..config import LAYOUTS, EngineConfig
+from ..device import DeviceFacts, format_bytes
+from ..errors import BackendError, CapacityError
+from .plan import Plan
 
 if TYPE_CHECKING:
     from ..attention_backends.interface import AttentionImpl
@@ -22,13 +25,16 @@ class Ready:
     """Frozen: an engine reads it, and owns the cache's content."""
 
     config: EngineConfig
-    model: ModelSpec
     device: DeviceFacts
     plan: Plan
     cache: KVCache
     """The allocated pool of pages, with one view per layer."""
     attention: Mapping[int, AttentionImpl]
     """Per attention layer (the model's layer index), the built backend; layers alike share one."""
+    cleared_groups: frozenset[int]
+    """Groups whose kernels touch unwritten slots: an engine clears their blocks at hand-out."""
+    notes: tuple[str, ...] = ()
+    """What was decided after the plan (layout, allocation), and what plugins said of it."""
 
     @property
     def groups(self) -> tuple[LayerGroup, ...]:
@@ -40,6 +46,141 @@ class Ready:
         """Tokens of a block of an attention group."""
         return self.plan.block_size
 
+    @property
+    def max_model_len(self) -> int:
+        """Longest request that is served, prompt and output together, in tokens."""
+        return self.plan.max_model_len
+
     def explain(self) -> str:
         """Platform, backend per layer, block size, pages, capacity, each with its reason."""
-        return self.plan.explain()
+        return "\n".join([self.plan.explain(), *(f"  - {note}" for note in self.notes)])
+
+    def to_dict(self) -> dict[str, object]:
+        """The plan's values, with those that are known only on the device."""
+        layout = self.cache.layout
+        return {
+            **self.plan.to_dict(),
+            "device": self.device.name,
+            "layout": layout.order,
+            "num_blocks": layout.num_blocks,
+            "allocated_bytes": layout.total_bytes,
+            "notes": list(self.notes),
+        }
+
+
+def make_ready(
+    config: EngineConfig, plan: Plan, backends: Mapping[int, AttentionBackend], device: DeviceFacts
+) -> Ready:
+    """Carry out a plan on its device: allocate the cache, build the backends.
+
+    :param backends: per attention layer the chosen backend.
+    :raises CapacityError: if the memory is not known, or the device does not give it.
+    :raises BackendError: if no layout suits every backend, or one cannot be built.
+    """
+    import torch
+
+    from ..cache.allocation import allocate
+
+    if plan.capacity is None:
+        raise CapacityError(
+            f"the memory of {device.name} is not known; give memory_bytes, device_memory_bytes or num_blocks",
+            option="memory_bytes",
+            value=None,
+            expected="a size such as 8GiB",
+        )
+    order, why = choose_layout(config.cache.layout, backends, device)
+    layout = CacheLayout(
+        order=order,
+        num_blocks=plan.capacity.num_blocks,
+        slots_per_block=plan.slots_per_block,
+        page_size_bytes=plan.page_bytes,
+        block_size=plan.block_size,
+        groups=plan.groups,
+    )
+    place = device.device_type if device.device_type == "cpu" else f"{device.device_type}:{device.index}"
+    attention = _build(config, plan, layout, backends, device)
+    cache = allocate(layout, torch.device(place))
+    return Ready(
+        config=config,
+        device=device,
+        plan=plan,
+        cache=cache,
+        attention=MappingProxyType(attention),
+        cleared_groups=_cleared(plan.groups, backends, device),
+        notes=(why, f"cache: {layout.num_blocks} blocks, {format_bytes(layout.total_bytes)}, allocated on {place}."),
+    )
+
+
+def choose_layout(
+    asked: str, backends: Mapping[int, AttentionBackend], device: DeviceFacts
+) -> tuple[str, str]:
+    """The physical order of the pages, and why: as asked, or the first that every backend can read.
+
+    :raises BackendError: naming the backend that cannot read it, and what it can.
+    """
+    readable = {b.name: b.capabilities(device).layouts for b in dict.fromkeys(backends.values())}
+    if asked != "auto":
+        for name, orders in readable.items():
+            if asked not in orders:
+                raise BackendError(
+                    f"layout {asked} cannot be read by backend {name}, which reads {', '.join(orders)}",
+                    option="layout",
+                    value=asked,
+                    expected=list(orders),
+                )
+        return asked, f"layout: {asked}, as asked."
+    wished = next(iter(readable.values()), LAYOUTS)
+    order = next((order for order in wished if all(order in orders for orders in readable.values())), None)
+    if order is None:
+        said = "; ".join(f"{name} reads {', '.join(orders)}" for name, orders in readable.items())
+        raise BackendError(
+            f"no layout suits every backend: {said}", option="layout", value="auto", expected=list(LAYOUTS)
+        )
+    return order, f"layout: {order}, the first that {' and '.join(readable) or 'every layer'} can read."
+
+
+def _build(
+    config: EngineConfig,
+    plan: Plan,
+    layout: CacheLayout,
+    backends: Mapping[int, AttentionBackend],
+    device: DeviceFacts,
+) -> dict[int, AttentionImpl]:
+    """Equal layers share what is built, and with it what it compiles."""
+    built: dict[tuple[str, AttentionSpec], AttentionImpl] = {}
+    attention: dict[int, AttentionImpl] = {}
+    for layer in _attention_layers(plan.groups):
+        backend, spec = backends[layer.layer], layer.spec
+        assert isinstance(spec, AttentionSpec)
+        if (backend.name, spec) not in built:
+            built[backend.name, spec] = backend.build(
+                BuildRequest(
+                    device=device,
+                    spec=spec,
+                    dtype=plan.model.dtype,
+                    block_size=plan.block_size,
+                    kernel_block_size=plan.decision.kernel_block_sizes[backend.name],
+                    num_blocks=layout.num_blocks,
+                    max_num_seqs=config.scheduler.max_num_seqs,
+                    max_num_batched_tokens=config.scheduler.max_num_batched_tokens,
+                    max_model_len=plan.max_model_len,
+                    config=config.attention,
+                )
+            )
+        attention[layer.layer] = built[backend.name, spec]
+    return attention
+
+
+def _attention_layers(groups: tuple[LayerGroup, ...]) -> list[LayerSpec]:
+    return [layer for group in groups for layer in group.layers if not layer.is_state]
+
+
+def _cleared(
+    groups: tuple[LayerGroup, ...], backends: Mapping[int, AttentionBackend], device: DeviceFacts
+) -> frozenset[int]:
+    return frozenset(
+        group.index
+        for group in groups
+        if not group.is_state
+        and any(backends[layer.layer].capabilities(device).reads_unwritten_slots for layer in group.layers)
+    )

@@ -22,15 +22,15 @@ from makeready.config import KV_CACHE_DTYPES, EngineConfig
 from makeready.errors import BlockSizeError, ConfigError, MakereadyError
 from makeready.hybrid.model_specs import ModelSpec, read_model
 from makeready.hybrid.presets import is_preset, preset
-from makeready.platforms.cpu import CPU
-from makeready.platforms.cuda import CUDA
+from makeready.platforms.cpu import CpuPlatform
+from makeready.platforms.cuda import CudaPlatform
 from makeready.platforms.interface import Platform
 from makeready.platforms.plan import Plan
 from makeready.platforms.planning import plan_model
-from makeready.platforms.xpu import XPU
+from makeready.platforms.xpu import XpuPlatform
 
 Case = Mapping[str, Any]
-PLATFORMS: Mapping[str, Platform] = {"cpu": CPU, "cuda": CUDA, "xpu": XPU}
+PLATFORMS: Mapping[str, Platform] = {"cpu": CpuPlatform(), "cuda": CudaPlatform(), "xpu": XpuPlatform()}
 KINDS = {"attn": ("attention", "mla"), "swa": ("sliding",)}
 """Group kinds of the cases and what makeready calls them, where that differs."""
 STATES = ("mamba1", "mamba2", "gdn", "kda", "shortconv", "lightning")
@@ -182,9 +182,7 @@ def layer_words(counts: Mapping[str, int]) -> list[str]:
     full, sliding = counts.get("attention", 0), counts.get("sliding_attention", 0)
     plain = counts.get("moe", 0) + counts.get("mlp", 0)
     if states and counts.get("mlp") == full and counts.get("mamba2") == states and full < states:
-        return ["hybrid"] * full + ["linear_attention"] * (
-            states - full
-        )  # zamba2: the shared block has the MLP
+        return ["hybrid"] * full + ["linear_attention"] * (states - full)  # zamba2: the shared block has the MLP
     if states == full == plain:
         return ["hybrid"] * full  # falcon_h1: attention beside a state in every layer
     if plain == states + full + sliding:
@@ -267,12 +265,8 @@ def accepted(constraints: Sequence[Constraint], size: int) -> bool:
 
 def next_to(constraints: Sequence[Constraint], wanted: int, *, itself: bool = False) -> tuple[int, ...]:
     """The accepted sizes next to ``wanted``, found by trying one after the other."""
-    below = next(
-        (n for n in range(wanted if itself else wanted - 1, 0, -1) if accepted(constraints, n)), None
-    )
-    above = next(
-        (n for n in range(wanted if itself else wanted + 1, 1 << 17) if accepted(constraints, n)), None
-    )
+    below = next((n for n in range(wanted if itself else wanted - 1, 0, -1) if accepted(constraints, n)), None)
+    above = next((n for n in range(wanted if itself else wanted + 1, 1 << 17) if accepted(constraints, n)), None)
     return tuple(size for size in (below, above) if size is not None)
 
 
@@ -302,9 +296,7 @@ def respected_faults(case: Case, plan: Plan) -> list[str]:
     free = plan_case(case, user_mamba=False)
     faults = []
     if decision.mamba_block_size != wanted or wanted % decision.block_size:
-        faults.append(
-            f"mamba_block_size {decision.mamba_block_size} with block {decision.block_size}, not {wanted}"
-        )
+        faults.append(f"mamba_block_size {decision.mamba_block_size} with block {decision.block_size}, not {wanted}")
     if not accepted(free.decision.constraints, decision.block_size):
         faults.append(f"block {decision.block_size} does not suit the kernels and states")
     better = [n for n in range(free.decision.block_size, decision.block_size) if wanted % n == 0
@@ -339,9 +331,7 @@ def unequal_page_faults(plan: Plan, differences: dict[str, tuple[object, object]
     """Only the padding may differ, and ours has to make the pages equal."""
     decision = plan.decision
     allowed = {"mamba_page_size_padded", "mamba_page_bytes", "mamba_padding_pct", "pages_equal"}
-    faults = [
-        f"{name} {ours} != {theirs}" for name, (ours, theirs) in differences.items() if name not in allowed
-    ]
+    faults = [f"{name} {ours} != {theirs}" for name, (ours, theirs) in differences.items() if name not in allowed]
     if decision.state_page_bytes != decision.attention_page_bytes:
         faults.append("pages differ")
     return faults
@@ -350,8 +340,7 @@ def unequal_page_faults(plan: Plan, differences: dict[str, tuple[object, object]
 def _title(case: Case) -> str:
     settings = case["input"]
     return " ".join(
-        str(settings[name])
-        for name in ("model", "platform", "backend", "tp", "kv_cache_dtype", "mamba_cache_mode")
+        str(settings[name]) for name in ("model", "platform", "backend", "tp", "kv_cache_dtype", "mamba_cache_mode")
     )
 
 

@@ -78,9 +78,7 @@ def entry(facts: dict[str, Any]) -> dict[str, Any]:
         assembled.append(f"dtype {facts['model_dtype']}")
     if not counts_agree(config, facts):
         config["layer_types"] = words_of(facts)
-        assembled.append(
-            "layer_types: right counts of each kind, attention spread evenly (positions not seen)"
-        )
+        assembled.append("layer_types: right counts of each kind, attention spread evenly (positions not seen)")
         if config.get("num_hidden_layers", len(config["layer_types"])) != len(config["layer_types"]):
             raise SystemExit(f"{facts['id']}: {len(config['layer_types'])} layers")
         if not counts_agree(config, facts):

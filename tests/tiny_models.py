@@ -129,9 +129,7 @@ FIELDS: dict[str, dict[str, Any]] = {
 """Per family the fields that differ from COMMON. All attention layers have 4 query heads of width 16 (kimi: MLA)."""
 
 FAMILIES: tuple[str, ...] = tuple(FIELDS)
-HYBRID_FAMILIES: tuple[str, ...] = tuple(
-    f for f in FIELDS if f not in ("llama", "gemma3_text", "gemma2", "gpt_oss")
-)
+HYBRID_FAMILIES: tuple[str, ...] = tuple(f for f in FIELDS if f not in ("llama", "gemma3_text", "gemma2", "gpt_oss"))
 ATTENTION_FREE: tuple[str, ...] = ("mamba", "mamba2", "falcon_mamba")
 
 

@@ -16,7 +16,7 @@ def kernel_options(
     :param group_size: query heads a KV head.
     """
     if settings.on_cpu:
-        # At 128, or any other multiple of the KV block, torch may take a decode template whose work grows with
+        # At a multiple of the KV block, torch may take a decode template whose work grows with
         # the whole cache.
         return {"PARTITION_SIZE": 100}
     if row_length == 1 and group_size & (group_size - 1) == 0:

@@ -87,10 +87,10 @@ def _check_length(ranges: list[BlockRange], settings: FlexSettings) -> None:
 
 
 def _spread(blocks: torch.Tensor, cache: FlatCache, settings: FlexSettings) -> torch.Tensor:
-    """(R, W) as (R, 1, 1, C): torch wants a column for every kernel block of the cache, and fixed strides.
+    """(R, W) as (R, 1, 1, C): torch wants a column for every kernel block of the cache.
 
-    Rows overlap in memory, so this costs R rows of the longest sequence and not R caches. Only the W columns are
-    written; the counts say how many of them are read.
+    Strides are the same in every step. Rows overlap in memory, so this costs R rows of the longest sequence
+    and not R caches. Only the W columns are written; the counts say how many of them are read.
     """
     rows, width = blocks.shape
     stride = settings.max_blocks_per_row

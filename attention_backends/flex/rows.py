@@ -31,7 +31,7 @@ class RowGroup:
 class BlockRange:
     """Kernel blocks that a row visits, by their place in the sequence: ``first <= full <= tail <= end``.
 
-    ``[full, tail)`` is seen whole by every query of the row; ``[first, full)`` (a sliding window's ragged start)
+    ``[full, tail)`` is seen whole by every query of the row; ``[first, full)`` (a window's ragged start)
     and ``[tail, end)`` (the diagonal, or the ragged end) need the mask.
     """
 

@@ -1,0 +1,162 @@
+"""Flex without torch: rows, visited blocks, sizes, tiles and refusals."""
+
+from dataclasses import replace
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from makeready.attention_backends.flex import FlexBackend
+from makeready.attention_backends.flex.kernel_options import kernel_options
+from makeready.attention_backends.flex.rows import Row, split_rows, visited_blocks
+from makeready.attention_backends.flex.settings import flex_settings, largest_kernel_block
+from makeready.attention_backends.interface import BuildRequest
+from makeready.cache.specs import AttentionSpec
+from makeready.config import AttentionConfig
+from makeready.device import DeviceFacts
+from makeready.errors import BackendError
+
+CPU, CUDA = (DeviceFacts(platform=name, device_type=name) for name in ("cpu", "cuda"))
+
+
+def resolve(device=CPU, config=None, heads=(4, 2), **changes):
+    spec = AttentionSpec(
+        num_query_heads=heads[0], num_kv_heads=heads[1], head_size=64, head_size_v=64, dtype="bfloat16"
+    )
+    base = BuildRequest(
+        device=device, spec=spec, dtype="bfloat16", block_size=528, kernel_block_size=16, num_blocks=96,
+        max_num_seqs=8, max_num_batched_tokens=512, max_model_len=1056, config=config or AttentionConfig(),
+    )  # fmt: skip
+    return flex_settings(replace(base, **changes), FlexBackend().capabilities(device))
+
+
+@given(
+    st.lists(st.tuples(st.integers(1, 90), st.integers(0, 50)), min_size=1, max_size=6),
+    st.sampled_from([(1, 16, 64), (1, 16, 128), (1, 8)]),
+)
+def test_rows_hold_every_query_token_once_and_never_mix_requests(lens, row_lengths):
+    q_lens = [q_len for q_len, _ in lens]
+    seq_lens = [q_len + before for q_len, before in lens]
+    seen = []
+    for group in split_rows(q_lens, seq_lens, row_lengths):
+        assert group.length in row_lengths
+        for row in group.rows:
+            assert 0 < row.count <= group.length
+            first_token = sum(q_lens[: row.request])
+            assert first_token <= row.token
+            assert row.token + row.count <= first_token + q_lens[row.request]
+            before = seq_lens[row.request] - q_lens[row.request]
+            assert row.position == before + row.token - first_token
+            seen += range(row.token, row.token + row.count)
+    assert sorted(seen) == list(range(sum(q_lens)))
+
+
+@settings(max_examples=300)
+@given(
+    st.integers(1, 20), st.integers(0, 60), st.integers(0, 20), st.sampled_from([1, 4, 16]), st.booleans(),
+    st.one_of(st.none(), st.integers(1, 40)),
+)  # fmt: skip
+def test_visited_blocks_are_those_with_a_visible_key(count, position, after, block, causal, window):
+    """Whole blocks are visible to every query, skipped ones to none; only masked blocks may be ragged."""
+    seq_len = position + count + (0 if causal else after)
+    span = visited_blocks(Row(0, 0, position, count, seq_len), block, causal, window)
+    assert span.first <= span.full <= span.tail <= span.end
+
+    def sees(query, key):
+        ahead = key <= query if causal else window is None or key < query + window
+        return key < seq_len and ahead and (window is None or key > query - window)
+
+    for number in range(span.end + 3):
+        keys = range(number * block, (number + 1) * block)
+        pairs = [sees(query, key) for query in range(position, position + count) for key in keys]
+        if span.full <= number < span.tail:
+            assert all(pairs)
+        elif not span.first <= number < span.end:
+            assert not any(pairs)
+        elif window is None or window >= block:
+            assert any(pairs)
+            assert not all(pairs)
+
+
+@pytest.mark.parametrize(
+    ("block_size", "kernel_block"),
+    [(16, 16), (528, 16), (1040, 16), (1568, 32), (2096, 16), (2112, 64), (912, 16), (1024, 128), (48, 16)],
+)
+def test_kernel_blocks_divide_any_block_of_the_planner(block_size, kernel_block):
+    assert largest_kernel_block(block_size) == kernel_block
+    assert FlexBackend().get_kernel_block_size(CUDA, block_size) == kernel_block
+
+
+def test_settings_of_the_user_are_respected():
+    config = AttentionConfig(
+        flex_attn_q_block_size=64, flex_attn_kv_block_size=32, flex_attn_block_m=32, flex_attn_block_n=16
+    )
+    assert FlexBackend().get_kernel_block_size(CUDA, 1568, config) == 32
+    resolved = resolve(CUDA, config, block_size=1568)
+    assert (resolved.kernel_block_size, resolved.mask_query_block) == (32, 64)
+    assert resolved.row_lengths == (1, 16, 64)
+    options = kernel_options(resolved, 64, 2, 64, 2)
+    assert (options["BLOCK_M"], options["BLOCK_N"]) == (32, 16)
+    assert kernel_options(resolved, 1, 2, 64, 2) == {"BLOCK_N": 16}
+
+
+@pytest.mark.parametrize(
+    ("device", "config", "message"),
+    [
+        (CPU, AttentionConfig(flex_attn_kv_block_size=32), "32 does not divide the block size 528"),
+        (CPU, AttentionConfig(flex_attn_block_m=64), "flex_attn_block_m 64 cannot be respected on CPU"),
+        (CUDA, AttentionConfig(flex_attn_block_n=32), "flex_attn_block_n 32 .* divide the KV block 16"),
+        (CUDA, AttentionConfig(flex_attn_kv_block_size=8), "8 is not a power of two of at least 16"),
+        (CUDA, AttentionConfig(flex_attn_q_block_size=8), "flex_attn_q_block_size 8 is smaller than 16"),
+    ],
+)
+def test_settings_that_cannot_be_respected_are_refused_with_both_numbers(device, config, message):
+    with pytest.raises(BackendError, match=message):
+        resolve(device, config)
+
+
+def test_kernel_block_dtype_and_device_refusals():
+    with pytest.raises(BackendError, match="kernel_block_size 48 is not a power of two"):
+        resolve(CUDA, kernel_block_size=48)
+    with pytest.raises(BackendError, match="dtype float16, and the cache holds bfloat16"):
+        resolve(CPU, dtype="float16")
+    with pytest.raises(BackendError, match="refuses device type privateuseone"):
+        resolve(DeviceFacts(platform="vendor", device_type="privateuseone"))
+
+
+@pytest.mark.parametrize("group_size", [1, 3, 8, 48])
+@pytest.mark.parametrize("row_length", [1, 16, 128])
+@pytest.mark.parametrize("head_size", [64, 256])
+@pytest.mark.parametrize("element_bytes", [2, 4])
+def test_gpu_tiles_divide_the_mask_blocks(group_size, row_length, head_size, element_bytes):
+    for kernel_block in (16, 32, 64, 128):
+        resolved = resolve(CUDA, block_size=kernel_block, kernel_block_size=kernel_block)
+        options = kernel_options(resolved, row_length, group_size, head_size, element_bytes)
+        if row_length == 1 and group_size & (group_size - 1) == 0:
+            assert options == {}
+            continue
+        assert resolved.mask_query_block % options["BLOCK_M"] == 0
+        assert kernel_block % options["BLOCK_N"] == 0
+        assert min(options["BLOCK_M"], options["BLOCK_N"]) >= 16
+
+
+def test_batches_are_padded_to_few_sizes():
+    assert [resolve(CPU).batch_rows(rows) for rows in (1, 8, 9, 64, 65)] == [8, 8, 64, 64, 512]
+    assert [resolve(CUDA).batch_rows(rows) for rows in (1, 2, 3, 65)] == [1, 2, 4, 128]
+
+
+def test_what_is_declared_on_each_device():
+    flex = FlexBackend()
+    assert not flex.capabilities(CPU).sinks
+    assert flex.capabilities(CUDA).sinks
+    assert flex.capabilities(CPU).max_view_elements is None
+    assert flex.capabilities(CUDA).max_view_elements == 2**31 - 1
+    fixed = replace(CUDA, versions=(("torch", "2.14.1+cu130"),))
+    assert flex.capabilities(fixed).max_view_elements is None
+    assert flex.capabilities(replace(CUDA, versions=(("torch", "2.11.0"),))).max_view_elements == 2**31 - 1
+    assert flex.capabilities(CPU).reads_unwritten_slots
+    vendor = DeviceFacts(platform="vendor", device_type="privateuseone")
+    assert flex.capabilities(vendor).dtypes == frozenset()
+    probe = flex.probe(vendor)
+    assert not probe.available
+    assert "not privateuseone" in probe.reason
+    assert flex.probe(CPU).available
