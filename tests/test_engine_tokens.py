@@ -1,0 +1,224 @@
+"""Greedy tokens of the embedded engine are those of ``model.generate``, and so are the logits behind them.
+
+Everything runs on a cache that is NaN before it is written and NaN again once a block is freed: a stale or unwritten
+read turns logits into NaN. Each family has controls that show that these tests can fail.
+"""
+
+from __future__ import annotations
+
+from contextlib import nullcontext
+from functools import cache
+
+import pytest
+import torch
+from engine_setup import MAX_MODEL_LEN, make_ready
+from tiny_models import ATTENTION_FREE, FAMILIES, HYBRID_FAMILIES, tiny_model
+
+from makeready.engines.transformers import runner
+from makeready.engines.transformers.engine import SamplingParams, TransformersEngine
+from makeready.engines.transformers.families import TRAITS
+from makeready.engines.transformers.runner import ModelRunner
+
+LENGTHS = (9, 3, 17, 1, 26)
+NEW = 24
+PARAMS = SamplingParams(max_new_tokens=NEW, ignore_eos=True)
+TOLERANCE = 2e-3
+"""Of logits that are about 10 wide: rounding, of another batch size say, moves them by up to 6e-4, controls by 1 or more."""
+BACKENDS = ("reference",)
+SCANS = tuple(family for family in HYBRID_FAMILIES if TRAITS[family].scan)
+
+
+@cache
+def prompts() -> list[list[int]]:
+    generator = torch.Generator().manual_seed(5)
+    return [torch.randint(3, 128, (length,), generator=generator).tolist() for length in LENGTHS]
+
+
+@cache
+def stock(family: str):
+    """The model, and per prompt what ``generate`` makes of it: tokens and the logits behind each."""
+    model = tiny_model(family)
+    if family == "gemma2":
+        model.set_attn_implementation("eager")  # transformers 5.17's sdpa leaves the soft cap out
+    tokens, logits = [], []
+    for prompt in prompts():
+        out = model.generate(
+            torch.tensor([prompt]), max_new_tokens=NEW, do_sample=False, eos_token_id=-1, output_logits=True,
+            return_dict_in_generate=True,
+        )  # fmt: skip
+        tokens.append(out.sequences[0, len(prompt) :].tolist())
+        logits.append(torch.cat(out.logits))
+    return model, tokens, logits
+
+
+class Recorded:
+    """An engine over a poisoned cache that remembers the logits of every token it computed."""
+
+    def __init__(self, family: str, monkeypatch: pytest.MonkeyPatch, **options) -> None:
+        self.model, self.tokens, self.logits = stock(family)
+        self.ready = make_ready(self.model, **options)
+        self.engine = TransformersEngine(self.model, None, self.ready, poison_freed=True)
+        self._seen: dict[tuple[str, int], torch.Tensor] = {}
+        run = ModelRunner.run
+
+        def recording(this, requests, query_len):
+            rows = run(this, requests, query_len)
+            for request, row in zip(requests, rows, strict=True):
+                self._seen[request.id, request.num_computed + query_len] = row
+            return rows
+
+        monkeypatch.setattr(ModelRunner, "run", recording)
+
+    def __enter__(self) -> Recorded:
+        return self
+
+    def __exit__(self, *_) -> None:
+        self.engine.pool.check_integrity()
+        self.engine.close()
+
+    def generate(self, which=range(len(LENGTHS))):
+        return self.engine.generate([prompts()[index] for index in which], PARAMS)
+
+    def error(self, completion, index: int) -> float:
+        """Largest difference between the completion's logits and stock's for prompt ``index``."""
+        start = len(completion.prompt_token_ids)
+        ours = torch.stack([self._seen[completion.request_id, start + i] for i in range(len(completion.token_ids))])
+        return float((ours - self.logits[index][: len(ours)]).abs().max().nan_to_num(float("inf")))
+
+    def check(self, completion, index: int) -> None:
+        assert list(completion.token_ids) == self.tokens[index][: len(completion.token_ids)]
+        assert self.error(completion, index) < TOLERANCE
+
+    def check_all(self, completions) -> None:
+        for index, completion in enumerate(completions):
+            assert completion.finish_reason == "length"
+            self.check(completion, index)
+        assert self.engine.pool.num_free == self.engine.pool.capacity
+
+
+each = pytest.mark.parametrize("family", FAMILIES)
+with_each = pytest.mark.parametrize("backend", BACKENDS)
+
+
+@with_each
+@each
+def test_one_request_at_a_time(family, backend, monkeypatch):
+    with Recorded(family, monkeypatch, backend=backend, num_blocks=16) as run:
+        run.check_all([run.generate([index])[0] for index in range(len(LENGTHS))])
+
+
+@with_each
+@each
+def test_batch_of_unequal_prompts(family, backend, monkeypatch):
+    with Recorded(family, monkeypatch, backend=backend) as run:
+        run.check_all(run.generate())
+
+
+@with_each
+@each
+def test_requests_join_and_leave_while_others_decode(family, backend, monkeypatch):
+    with Recorded(family, monkeypatch, backend=backend) as run:
+        engine, joins, leaves = run.engine, {0: 0, 2: 1, 3: 2, 7: 3, 9: 4}, {0: 20, 1: 3, 2: 24, 3: 9, 4: 5}
+        ids: dict[str, int] = {}
+        tokens: dict[int, list[int]] = {}
+        step = 0
+        while step < 10 or engine.has_requests():
+            if step in joins:
+                params = SamplingParams(max_new_tokens=leaves[joins[step]], ignore_eos=True)
+                ids[engine.add_request(prompts()[joins[step]], params)] = joins[step]
+            for output in engine.step():
+                tokens.setdefault(ids[output.request_id], []).extend(output.new_token_ids)
+            step += 1
+        assert tokens == {index: run.tokens[index][:count] for index, count in leaves.items()}
+        assert engine.pool.num_free == engine.pool.capacity
+
+
+@with_each
+@each
+def test_prefill_in_chunks_of_five(family, backend, monkeypatch):
+    with Recorded(family, monkeypatch, backend=backend, max_num_batched_tokens=5, max_num_seqs=1) as run:
+        run.check_all(run.generate())
+
+
+@with_each
+@each
+def test_prefill_chunks_beside_decodes(family, backend, monkeypatch):
+    with Recorded(family, monkeypatch, backend=backend, max_num_batched_tokens=7, max_num_seqs=4) as run:
+        run.check_all(run.generate())
+
+
+@with_each
+@each
+def test_preempted_requests_end_with_the_same_tokens(family, backend, monkeypatch):
+    with Recorded(family, monkeypatch, backend=backend) as run:
+        need = run.engine.scheduler.blocks_needed
+        few = need(max(LENGTHS) + NEW) + need(1) + 1
+    with Recorded(family, monkeypatch, backend=backend, num_blocks=few) as run:
+        run.check_all(run.generate())
+        # States take their blocks at admission, so a model without attention never runs short.
+        assert (run.engine.num_preemptions > 0) == (family not in ATTENTION_FREE)
+
+
+@pytest.mark.parametrize("order", ["HND", "cross_layer_NHD", "cross_layer_HND"])
+@pytest.mark.parametrize("family", ["falcon_h1", "kimi_linear", "nemotron_h", "zamba", "zaya"])
+def test_every_layout_gives_the_same_tokens(family, order, monkeypatch):
+    with Recorded(family, monkeypatch, order=order, max_num_batched_tokens=13) as run:
+        run.check_all(run.generate())
+
+
+@pytest.mark.parametrize("family", HYBRID_FAMILIES)
+def test_control_a_zeroed_state_shows(family, monkeypatch):
+    with Recorded(family, monkeypatch) as run:
+        assert _error_after_zeroing(run, "states") > 10 * TOLERANCE
+
+
+@pytest.mark.parametrize("family", [family for family in FAMILIES if family not in ATTENTION_FREE])
+def test_control_zeroed_k_and_v_show(family, monkeypatch):
+    with Recorded(family, monkeypatch) as run:
+        assert _error_after_zeroing(run, "key_value") > 10 * TOLERANCE
+
+
+def _error_after_zeroing(run: Recorded, what: str) -> float:
+    """Zero all states, or all K and V, after the prompt; the largest error of the next token's logits."""
+    request_id = run.engine.add_request(prompts()[4], SamplingParams(max_new_tokens=2, ignore_eos=True))
+    run.engine.step()
+    for group in run.ready.groups:
+        for layer in group.layers:
+            if layer.is_state == (what == "states"):
+                for pages in getattr(run.ready.cache, what)(layer.layer):
+                    pages.zero_()
+    run.engine.step()
+    row = run._seen[request_id, LENGTHS[4] + 1]
+    return float((row - run.logits[4][1]).abs().max())
+
+
+@pytest.mark.parametrize("family", SCANS)
+def test_control_chunks_need_the_initial_state_of_the_scan(family, monkeypatch):
+    monkeypatch.setattr(runner, "initial_states", lambda *_: nullcontext())
+    with Recorded(family, monkeypatch, max_num_batched_tokens=5, max_num_seqs=1) as run:
+        completion = run.engine.generate([prompts()[4]], SamplingParams(max_new_tokens=1, ignore_eos=True))[0]
+        assert run.error(completion, 4) > 10 * TOLERANCE
+
+
+@pytest.mark.parametrize("family", SCANS)
+def test_the_modeling_module_is_as_it_was(family, monkeypatch):
+    with Recorded(family, monkeypatch, max_num_batched_tokens=5) as run:
+        module = __import__(type(run.model).__module__, fromlist=["_"])
+        before = module.mamba_selective_scan
+        run.generate([4])
+        assert module.mamba_selective_scan is before
+
+
+@pytest.mark.parametrize("family", ["jamba", "mamba2", "gpt_oss"])
+def test_a_closed_engine_leaves_the_model_as_it_was(family, monkeypatch):
+    model, tokens, _ = stock(family)
+    before = model.config._attn_implementation
+    TransformersEngine(model, None, make_ready(model)).close()
+    assert model.config._attn_implementation == before
+    again = model.generate(torch.tensor([prompts()[0]]), max_new_tokens=NEW, do_sample=False, eos_token_id=-1)
+    assert again[0, LENGTHS[0] :].tolist() == tokens[0]
+
+
+def test_every_family_that_is_served_is_tested():
+    assert set(TRAITS) == set(FAMILIES)
+    assert max(LENGTHS) + NEW < MAX_MODEL_LEN
