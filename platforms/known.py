@@ -5,16 +5,16 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from types import MappingProxyType
 
-from .cpu import CPU
-from .cuda import CUDA
+from .cpu import CpuPlatform
+from .cuda import CudaPlatform
 from .interface import Platform
 from .provider import PlatformProvider
-from .xpu import XPU
+from .xpu import XpuPlatform
 
 
 def known_platforms() -> Mapping[str, Platform]:
     """Platforms by name, those of the package itself: ``cpu``, ``cuda`` and ``xpu``."""
-    return MappingProxyType({platform.name: platform for platform in (CPU, CUDA, XPU)})
+    return MappingProxyType({"cpu": CpuPlatform(), "cuda": CudaPlatform(), "xpu": XpuPlatform()})
 
 
 def plannable_platforms(providers: Iterable[PlatformProvider]) -> Mapping[str, Platform]:
