@@ -17,11 +17,10 @@ if find_spec("intel_extension_for_pytorch") is None or find_spec("transformers")
     )
 
 import engine_setup
-from tiny_models import tiny_model
-
 from makeready.attention_backends.flash import FlashBackend
 from makeready.engines.transformers.engine import SamplingParams, TransformersEngine
 from makeready.errors import BackendError
+from tiny_models import tiny_model
 
 PROMPTS = [[5, 17, 9, 80, 44, 3, 21, 64, 90], [7], [11, 12, 13, 99, 55, 31] * 5]
 NEW = 20
