@@ -5,8 +5,6 @@ from __future__ import annotations
 import subprocess
 import sys
 
-import pytest
-
 import makeready
 
 MODULES = (
@@ -20,14 +18,16 @@ import sys, time, types
 package = types.ModuleType("makeready")
 package.__path__ = [{root!r}]
 sys.modules["makeready"] = package
-start = time.perf_counter()
+start = time.process_time()
+import dataclasses, difflib, json, pathlib, re, typing
+library = time.process_time() - start
 import {modules}
 from makeready.hybrid.model_specs import read_model
 from makeready.platforms.planning import plan_model
-took = time.perf_counter() - start
+took = time.process_time() - start
 read_model("Qwen/Qwen3-8B")
 heavy = [name for name in ("torch", "transformers", "numpy", "rich", "click", "pluggy") if name in sys.modules]
-print(took, *heavy)
+print(took, library, *heavy)
 """
 
 
@@ -38,9 +38,10 @@ def fresh() -> list[str]:
 
 
 def test_planner_modules_import_nothing_heavy() -> None:
-    assert fresh()[1:] == []
+    assert fresh()[2:] == []
 
 
 def test_planner_modules_import_fast() -> None:
-    if (took := min(float(fresh()[0]) for _ in range(3))) >= 0.06:
-        pytest.fail(f"importing the planner took {1000 * took:.0f} ms, more than 60")
+    """60 ms of processor time; on a slow or crowded machine, four times what its standard library takes."""
+    took, library = min(tuple(map(float, fresh()[:2])) for _ in range(3))
+    assert took < max(0.06, 4 * library)
