@@ -22,9 +22,10 @@ def provider(name: str, *, devices: int = 1, probe=None, capability=None, least=
         reason=f"{devices} devices" if devices else f"no {name} device: the driver is not loaded",
         devices=found,
     )
+    policy = {"name": name, "device_type": name, "min_compute_capability": least}
     return PlatformProvider(
         name=name,
-        platform=Platform(name=name, device_type=name, min_compute_capability=least),
+        platform=type("Policy", (Platform,), policy)(),
         probe=probe or (lambda: result),
         distribution=f"makeready-{name}",
     )
