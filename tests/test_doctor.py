@@ -14,11 +14,6 @@ from makeready.plugins.hookspecs import hookimpl
 from makeready.plugins.manager import load_plugins
 
 
-class AcmePlatform(Platform):
-    name = "acme"
-    device_type = "cpu"
-
-
 class RudeBackend(ReferenceBackend):
     name = "rude"
 
@@ -32,7 +27,8 @@ def rude_plugin() -> ModuleType:
     def probe():
         raise OSError("libacme.so is gone")
 
-    given = PlatformProvider(name="acme", platform=AcmePlatform(), probe=probe, distribution="makeready-acme")
+    acme = Platform(name="acme", device_type="cpu")
+    given = PlatformProvider(name="acme", platform=acme, probe=probe, distribution="makeready-acme")
     module = ModuleType("acme")
     module.makeready_platforms = hookimpl(lambda: [given])
     module.makeready_attention_backends = hookimpl(lambda device: [RudeBackend()])

@@ -22,10 +22,9 @@ def provider(name: str, *, devices: int = 1, probe=None, capability=None, least=
         reason=f"{devices} devices" if devices else f"no {name} device: the driver is not loaded",
         devices=found,
     )
-    policy = {"name": name, "device_type": name, "min_compute_capability": least}
     return PlatformProvider(
         name=name,
-        platform=type("Policy", (Platform,), policy)(),
+        platform=Platform(name=name, device_type=name, min_compute_capability=least),
         probe=probe or (lambda: result),
         distribution=f"makeready-{name}",
     )

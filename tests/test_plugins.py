@@ -11,7 +11,7 @@ from makeready.attention_backends.reference import ReferenceBackend
 from makeready.cache.block_size import MultipleOf
 from makeready.device import DeviceFacts
 from makeready.errors import PluginError
-from makeready.platforms.cpu import CpuPlatform
+from makeready.platforms.cpu import CPU as CPU_PLATFORM
 from makeready.platforms.interface import Platform
 from makeready.platforms.provider import PlatformProvider, PluginProblem, ProbeResult
 from makeready.plugins.hookspecs import hookimpl
@@ -21,17 +21,12 @@ from makeready.plugins.records import KVConnectorProvider
 CPU = DeviceFacts(platform="cpu", device_type="cpu")
 
 
-class AcmePlatform(Platform):
-    name = "acme"
-    device_type = "cpu"
-
-
-class WilfulPlatform(AcmePlatform):
+class WilfulPlatform(Platform):
     def update_block_size_for_backend(self, request):
         return 64
 
 
-ACME = AcmePlatform()
+ACME = Platform(name="acme", device_type="cpu")
 
 
 class OtherBackend(ReferenceBackend):
@@ -131,7 +126,7 @@ def test_plugins_that_break_at_import_are_named_and_the_others_load():
         (plugin(makeready_platforms=lambda: 1 / 0), "call", "makeready_platforms: ZeroDivisionError"),
         (plugin(makeready_platforms=lambda: None), "result", "returned NoneType, expected a sequence"),
         (plugin(makeready_platforms=lambda: "acme"), "result", "returned str, expected a sequence"),
-        (plugin(makeready_platforms=lambda: [ACME]), "result", "with AcmePlatform, expected Platform"),
+        (plugin(makeready_platforms=lambda: [ACME]), "result", "with Platform, expected PlatformProvider"),
         (plugin(makeready_platforms=lambda: [provider(), provider()]), "result", "names acme more than once"),
         (plugin(makeready_kv_connectors=lambda: [3]), "result", "with int, expected KVConnectorProvider"),
     ],
@@ -165,8 +160,9 @@ def test_a_policy_of_the_wrong_type_or_name_is_refused():
 
 
 def test_a_platform_that_overrides_the_two_phases_is_refused():
-    plugins = load(("acme", plugin(makeready_platforms=lambda: [provider(WilfulPlatform())])))
-    assert "WilfulPlatform overrides update_block_size_for_backend; declare constraints" in only_problem(plugins).exception
+    wilful = WilfulPlatform(name="acme", device_type="cpu")
+    problem = only_problem(load(("acme", plugin(makeready_platforms=lambda: [provider(wilful)]))))
+    assert "WilfulPlatform overrides update_block_size_for_backend; declare constraints" in problem.exception
 
 
 def test_one_name_from_two_wheels_is_given_to_neither_and_both_are_named():
@@ -180,7 +176,7 @@ def test_one_name_from_two_wheels_is_given_to_neither_and_both_are_named():
 
 
 def test_the_package_s_own_platform_cannot_be_taken_over():
-    plugins = load(("thief", plugin(makeready_platforms=lambda: [provider(CpuPlatform())])))
+    plugins = load(("thief", plugin(makeready_platforms=lambda: [provider(CPU_PLATFORM)])))
     assert [given.distribution for given in plugins.providers] == ["makeready"]
     assert "the platform 'cpu' is also brought by plugin 'cpu' (makeready" in only_problem(plugins).exception
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from makeready.platforms.cuda import CudaPlatform
+from makeready.platforms.cuda import CUDA
 from makeready.platforms.probing import probe_cuda
 from makeready.platforms.provider import PlatformProvider
 from makeready.plugins.hookspecs import hookimpl
@@ -11,4 +11,4 @@ from makeready.plugins.hookspecs import hookimpl
 @hookimpl
 def makeready_platforms() -> tuple[PlatformProvider, ...]:
     """The cuda platform; its attention backends (flash, flex, reference) come with makeready itself."""
-    return (PlatformProvider(name="cuda", platform=CudaPlatform(), probe=probe_cuda, distribution="makeready-cuda"),)
+    return (PlatformProvider(name="cuda", platform=CUDA, probe=probe_cuda, distribution="makeready-cuda"),)
