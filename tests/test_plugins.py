@@ -205,7 +205,8 @@ def test_block_size_constraints_are_collected_and_a_failure_is_an_error():
     chunks = MultipleOf(64, owner="acme_link")
     plugins = load(("acme", plugin(makeready_block_size_constraints=lambda request: [chunks])))
     assert [constraint.owner for constraint in plugins.block_size_constraints(None)] == ["acme_link"]
-    for broken, text in ((lambda request: [64], "with int, expected MultipleOf or"), (lambda: 1 / 0, "ZeroDivisionError")):
+    failures = ((lambda request: [64], "with int, expected MultipleOf or"), (lambda: 1 / 0, "ZeroDivisionError"))
+    for broken, text in failures:
         plugins = load(("acme", plugin(makeready_block_size_constraints=broken)))
         with pytest.raises(PluginError, match=f"plugin 'acme' .*{text}"):
             plugins.block_size_constraints(None)
