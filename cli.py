@@ -16,14 +16,9 @@ from .errors import MakereadyError
 Decorator = Callable[[Callable[..., Any]], Callable[..., Any]]
 
 
-class ByteSize(click.ParamType):
-    """An option that takes ``80GiB``, ``512MB`` or plain bytes."""
-
-    name = "size"
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
-        """Bytes, as an int."""
-        return parse_bytes(value, option=param.opts[0] if param else "memory")
+def _size(_: click.Context, option: click.Parameter, value: str | None) -> int | None:
+    """Bytes of an option that takes ``80GiB``, ``512MB`` or plain bytes."""
+    return None if value is None else parse_bytes(value, option=option.opts[0])
 
 
 def _options(*decorators: Decorator) -> Decorator:
@@ -62,7 +57,7 @@ _DECISIONS = _options(
     click.option("--mamba-ssm-cache-dtype", default="auto", show_default=True, help="Dtype of recurrent states."),
     click.option("--dtype", default="auto", show_default=True, help="Dtype of weights and activations."),
     click.option("--max-model-len", type=int, help="Longest sequence, prompt and output together, in tokens."),
-    click.option("--memory", "memory_bytes", type=ByteSize(), help="Memory for the cache, such as 80GiB."),
+    click.option("--memory", "memory_bytes", callback=_size, help="Memory for the cache, such as 80GiB."),
 )
 
 
@@ -83,7 +78,7 @@ def cli() -> None:
 @click.option("--platform", help="Platform to plan for: cpu, cuda, xpu or a plugin's. It need not be here.")
 @click.option("--tensor-parallel-size", "--tp", type=int, default=1, show_default=True, help="Ranks per layer.")
 @click.option("--num-speculative-tokens", type=int, default=0, show_default=True, help="Draft tokens per step.")
-@click.option("--device-memory", "device_memory_bytes", type=ByteSize(), help="Total memory of the device.")
+@click.option("--device-memory", "device_memory_bytes", callback=_size, help="Total memory of the device.")
 @click.option(
     "--engine",
     default="vllm",

@@ -139,7 +139,7 @@ def _planned_surroundings(config: EngineConfig, plugins: Plugins) -> _Surroundin
     """A platform by name; its device is only assumed, with everything that the platform needs installed."""
     platforms = plannable_platforms(plugins.providers)
     asked = config.device.platform
-    if asked not in platforms:
+    if asked is None or asked not in platforms:
         said = "no platform was given" if asked is None else f"platform {asked!r} is not known"
         raise PlatformError(
             f"{said}; platforms to plan for are {', '.join(platforms)}",
@@ -208,16 +208,15 @@ def _decide(
         batch_invariant=config.attention.batch_invariant,
         probes=around.probes,
     )
-    capabilities = {layer: backend.capabilities(around.device) for layer, backend in chosen.by_layer.items()}
     preferred = {
         backend.name: backend.get_preferred_block_size(around.device, around.platform.default_block_size)
         for backend in chosen.by_layer.values()
     }
-    request = block_size_request(spec, capabilities, config, preferred_block_sizes=preferred)
+    request = block_size_request(spec, chosen.capabilities, config, preferred_block_sizes=preferred)
     decided = plan_model(
         spec,
         around.platform,
-        capabilities,
+        chosen.capabilities,
         config,
         around.device,
         extra_constraints=around.plugins.block_size_constraints(request),

@@ -7,7 +7,6 @@ from importlib.util import find_spec
 
 import pytest
 import torch
-from paged_cases import make_case
 
 from makeready.attention_backends.flash import FlashBackend
 from makeready.attention_backends.flash.ipex import IpexProvider, installed_version
@@ -23,6 +22,7 @@ from makeready.cache.write import write_kv
 from makeready.config import AttentionConfig
 from makeready.device import DeviceFacts
 from makeready.errors import BackendError
+from paged_cases import make_case
 
 CPU, XPU = (DeviceFacts(platform=name, device_type=name) for name in ("cpu", "xpu"))
 IPEX_IS_HERE = find_spec("intel_extension_for_pytorch") is not None

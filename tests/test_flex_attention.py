@@ -5,7 +5,6 @@ from functools import cache
 
 import pytest
 import torch
-from paged_cases import make_case, step_of
 
 from makeready.attention_backends.flex import FlexBackend
 from makeready.attention_backends.flex.impl import FlexAttention
@@ -17,6 +16,7 @@ from makeready.config import AttentionConfig
 from makeready.device import DeviceFacts
 from makeready.errors import BackendError
 from makeready.platforms.decision import kernel_block_size
+from paged_cases import make_case, step_of
 
 DEVICES = [
     "cpu",

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import pytest
-from tiny_models import ATTENTION_FREE, FAMILIES, HYBRID_FAMILIES, tiny_config, tiny_model
 
 from makeready.cache.specs import AttentionSpec, MambaSpec
 from makeready.errors import ConfigError
 from makeready.hybrid.model_specs import ModelSpec, read_model
+from tiny_models import ATTENTION_FREE, FAMILIES, HYBRID_FAMILIES, tiny_config, tiny_model
 
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
