@@ -110,7 +110,7 @@ BAD = [
 
 @pytest.mark.parametrize(("arguments", "named"), BAD, ids=[" ".join(arguments)[:60] for arguments, _ in BAD])
 def test_bad_input_is_a_sentence_and_exit_code_2(capsys, arguments, named):
-    code, out, err = run(capsys, *arguments)
+    code, _, err = run(capsys, *arguments)
     assert code == 2
     assert "Traceback" not in err
     for part in named:

@@ -121,6 +121,7 @@ def test_plugins_hear_of_the_startup_and_may_constrain_the_block(monkeypatch):
 
 
 def test_launch_returns_one_completion_per_prompt():
-    done = makeready.launch(prompts=["The import statement", "A function definition"], backend="reference", dtype="float32")
+    prompts = ["The import statement", "A function definition"]
+    done = makeready.launch(prompts=prompts, backend="reference", dtype="float32")
     assert done[0].text.startswith(" occurs within a block")
     assert len(done) == 2
