@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from types import MappingProxyType
 
@@ -63,7 +63,6 @@ def plan_model(
     *,
     extra_constraints: Iterable[Constraint] = (),
     preferred_block_sizes: Mapping[str, int] | None = None,
-    kernel_block_sizes: Mapping[str, Callable[[int], int]] | None = None,
     prefill_checkpoint_alignment: int | None = None,
     reasons: Sequence[str] = (),
     refusals: Sequence[str] = (),
@@ -73,8 +72,6 @@ def plan_model(
     :param backends: per attention layer the capabilities of its backend.
     :param device: facts of the device; ``None`` plans without its memory.
     :param preferred_block_sizes: per backend name the block size that it would choose, in tokens.
-    :param kernel_block_sizes: per backend name how it chooses its kernel block for a block size; without one, the
-        largest that its capabilities allow.
     :param prefill_checkpoint_alignment: tokens at whose multiples the state kernels can stop in prefill.
     :param reasons: sentences of earlier decisions (platform, backends), put first.
     :param refusals: sentences about what was not chosen.
@@ -91,7 +88,7 @@ def plan_model(
         preferred_block_sizes=preferred_block_sizes,
         prefill_checkpoint_alignment=prefill_checkpoint_alignment,
     )
-    decision = _with_kernel_blocks(platform.update_block_size_for_backend(request), kernel_block_sizes or {})
+    decision = _with_set_kernel_block(platform.update_block_size_for_backend(request), config)
     groups = group_layers(model.layers, decision.block_size, _state_block_size(decision, request.max_model_len))
     per_block = pool_bytes_per_block(groups, decision.page_bytes)
     said = [*reasons, *model.notes, *decision.reasons, *_grouping_reasons(groups, per_block)]
@@ -122,21 +119,12 @@ def _setting_constraints(backends: Mapping[int, Capabilities], config: EngineCon
     return (MultipleOf(wanted, owner="flex_attn_kv_block_size"),)
 
 
-def _with_kernel_blocks(decision: BlockSizeDecision, chosen: Mapping[str, Callable[[int], int]]) -> BlockSizeDecision:
-    """The decision with the kernel blocks that backends choose themselves."""
-    sizes = dict(decision.kernel_block_sizes)
-    for name, choose in chosen.items():
-        if name in sizes:
-            sizes[name] = choose(decision.block_size)
-            if sizes[name] < 1 or decision.block_size % sizes[name]:
-                raise BackendError(
-                    f"backend {name} chose the kernel block {sizes[name]}, which does not divide the block of "
-                    f"{decision.block_size} tokens",
-                    option="kernel_block_size",
-                    value=sizes[name],
-                    expected=f"a divisor of {decision.block_size}",
-                )
-    return replace(decision, kernel_block_sizes=MappingProxyType(sizes))
+def _with_set_kernel_block(decision: BlockSizeDecision, config: EngineConfig) -> BlockSizeDecision:
+    """The decision, with flex's kernel block as the user set it."""
+    wanted, sizes = config.attention.flex_attn_kv_block_size, decision.kernel_block_sizes
+    if wanted is None or "flex" not in sizes:
+        return decision
+    return replace(decision, kernel_block_sizes=MappingProxyType({**sizes, "flex": wanted}))
 
 
 def _attention(layers: Iterable[LayerSpec]) -> Iterable[AttentionSpec]:

@@ -124,17 +124,11 @@ def test_layers_may_have_different_backends() -> None:
     assert [group.kind for group in plan.groups] == ["attention", "sliding"]
 
 
-def test_backends_choose_their_kernel_block() -> None:
-    spec = read_model(NANO)
-    backends = {layer.layer: FLEX for layer in spec.attention_layers}
-    plan = plan_model(spec, CUDA, backends, EngineConfig(), kernel_block_sizes={"flex": lambda size: 16})
-    assert plan.decision.kernel_block_sizes == {"flex": 16}
-    with pytest.raises(BackendError, match="backend flex chose the kernel block 100, which does not divide"):
-        plan_model(spec, CUDA, backends, EngineConfig(), kernel_block_sizes={"flex": lambda size: 100})
-
-
 def test_a_mask_block_of_the_user_divides_the_block() -> None:
-    assert planned("Qwen/Qwen3-8B", flex_attn_kv_block_size=128).block_size == 128
+    plan = planned("Qwen/Qwen3-8B", flex_attn_kv_block_size=128)
+    assert (plan.block_size, plan.decision.kernel_block_sizes) == (128, {"flex": 128})
+    smaller = planned(NANO, flex_attn_kv_block_size=32)
+    assert (smaller.block_size, smaller.decision.kernel_block_sizes) == (2112, {"flex": 32})
     assert planned("Qwen/Qwen3-8B", backend=FLASH, flex_attn_kv_block_size=128).block_size == 64
 
 
