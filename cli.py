@@ -74,7 +74,8 @@ def cli() -> None:
 
 
 @cli.command()
-@click.argument("model")
+@click.argument("model", required=False)
+@click.option("--list", "list_presets", is_flag=True, help="Print the names of the presets and stop.")
 @click.option("--platform", help="Platform to plan for: cpu, cuda, xpu or a plugin's. It need not be here.")
 @click.option("--tensor-parallel-size", "--tp", type=int, default=1, show_default=True, help="Ranks per layer.")
 @click.option("--num-speculative-tokens", type=int, default=0, show_default=True, help="Draft tokens per step.")
@@ -88,10 +89,10 @@ def cli() -> None:
 @click.option("--explain", is_flag=True, help="Add the reason of every decision.")
 @_DECISIONS
 @_JSON
-def plan(model: str, as_json: bool, explain: bool, **options: Any) -> None:
+def plan(model: str | None, list_presets: bool, as_json: bool, explain: bool, **options: Any) -> None:
     """Decide backends, block size, pages and capacity for MODEL, without the device.
 
-    MODEL is a preset name (`makeready plan list` prints them), a checkpoint directory or a config.json.
+    MODEL is a preset name (--list prints them), a checkpoint directory or a config.json.
 
     \b
     makeready plan nvidia/NVIDIA-Nemotron-3-Nano-30B-A3B-BF16 --platform xpu --memory 40GiB
@@ -99,9 +100,11 @@ def plan(model: str, as_json: bool, explain: bool, **options: Any) -> None:
     """
     from .startup import plan as decide
 
-    if model == "list":
+    if list_presets:
         _list_presets(as_json)
         return
+    if model is None:
+        raise click.UsageError("Missing MODEL: a preset name (--list prints them), a directory or a config.json.")
     decided = decide(model, **_given(options)).to_dict()
     if as_json:
         _print_json(decided)
