@@ -124,13 +124,17 @@ def test_a_stop_token_ends_a_request_and_is_part_of_it(engine):
     assert stopped.token_ids == tokens[: tokens.index(stop) + 1]
 
 
-def test_the_end_of_sequence_is_the_models(engine, model):
-    expected = model.config.eos_token_id
-    params = SamplingParams(max_new_tokens=200, temperature=5.0, seed=3)
-    done = engine.generate([PROMPT], params)[0]
+@pytest.mark.parametrize("several", [False, True])
+def test_the_end_of_sequence_is_the_models(engine, model, monkeypatch, several):
+    tokens = engine.generate([PROMPT], greedy(10))[0].token_ids
+    eos = [127, tokens[4]] if several else tokens[4]
+    monkeypatch.setattr(model.generation_config, "eos_token_id", eos)
+    ends = TransformersEngine(model, None, make_ready(model))
+    done = ends.generate([PROMPT], SamplingParams(max_new_tokens=10))[0]
     assert done.finish_reason == "stop"
-    assert done.token_ids[-1] == expected
-    assert expected not in done.token_ids[:-1]
+    assert done.token_ids == tokens[: tokens.index(tokens[4]) + 1]
+    assert ends.generate([PROMPT], greedy(10))[0].token_ids == tokens
+    ends.close()
 
 
 def test_progress_and_outputs_of_others_are_not_lost(engine):
