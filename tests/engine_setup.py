@@ -21,6 +21,7 @@ from makeready.config import AttentionConfig, EngineConfig
 from makeready.device import DeviceFacts
 from makeready.hybrid.model_specs import ModelSpec, read_model
 from makeready.platforms.cpu import CPU
+from makeready.platforms.kernel_blocks import kernel_block_size
 from makeready.platforms.planning import plan_model
 from makeready.platforms.ready import Ready
 from makeready.platforms.ready import make_ready as platforms_make_ready
@@ -100,7 +101,7 @@ def _built(backend: str, spec: AttentionSpec, dtype: str, block_size: int) -> At
             spec=spec,
             dtype=dtype,
             block_size=block_size,
-            kernel_block_size=backend_named(backend).get_kernel_block_size(DEVICE, block_size),
+            kernel_block_size=kernel_block_size(backend_named(backend).capabilities(DEVICE), block_size),
             num_blocks=NUM_BLOCKS,
             max_num_seqs=8,
             max_num_batched_tokens=512,

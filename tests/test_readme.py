@@ -22,7 +22,8 @@ def blocks(page: str, language: str) -> list[str]:
 
 
 def commands() -> list[str]:
-    lines = [line.split("  #")[0].strip() for page in PAGES for text in blocks(page, "sh") for line in text.splitlines()]
+    scripts = [text for page in PAGES for text in blocks(page, "sh")]
+    lines = [line.split("  #")[0].strip() for text in scripts for line in text.splitlines()]
     return [line for line in lines if line.startswith("makeready ")]
 
 
@@ -51,7 +52,8 @@ def test_examples_run(page, number, user_folder, capsys):
 
 def test_make_targets_of_the_readme_exist():
     targets = re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.M)
-    named = [line.split()[1] for text in blocks("README.md", "sh") for line in text.splitlines() if line.startswith("make ")]
+    lines = [line for text in blocks("README.md", "sh") for line in text.splitlines()]
+    named = [line.split()[1] for line in lines if line.startswith("make ")]
     assert {"launch", "test"} <= set(named) <= set(targets)
 
 
@@ -59,5 +61,6 @@ def test_every_setting_is_in_the_reference_with_its_default_and_words():
     page = (ROOT / "docs/reference/settings.md").read_text()
     for part in fields(EngineConfig):
         for setting in fields(type(getattr(EngineConfig(), part.name))):
-            row = f"| `{setting.name}` | `{setting.default!r}` | {setting.metadata['unit']} | {setting.metadata['doc']} |"
+            unit, doc = setting.metadata["unit"], setting.metadata["doc"]
+            row = f"| `{setting.name}` | `{setting.default!r}` | {unit} | {doc} |"
             assert row in page, f"run tools/write_settings_page.py: {row}"

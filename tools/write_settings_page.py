@@ -9,8 +9,9 @@ from makeready.config import EngineConfig
 
 HEAD = """# Settings
 
-Every setting of `EngineConfig`, by part. The same names are options of `makeready.plan`, `prepare` and `launch`, and, with dashes,
-of the command line. `None` and `auto` mean that makeready chooses and says why. This page is written by `tools/write_settings_page.py`.
+Every setting of `EngineConfig`, by part. The same names are options of `makeready.plan`, `prepare` and `launch`, and,
+with dashes, of the command line. `None` and `auto` mean that makeready chooses and says why. This page is written by
+`tools/write_settings_page.py`.
 """
 
 
@@ -19,7 +20,8 @@ def page() -> str:
     lines = [HEAD]
     for part in fields(EngineConfig):
         record = type(getattr(EngineConfig(), part.name))
-        lines += [f"\n## {part.name}\n", record.__doc__ or "", "", "| setting | default | unit | what it is |", "|---|---|---|---|"]
+        lines += [f"\n## {part.name}\n", record.__doc__ or "", ""]
+        lines += ["| setting | default | unit | what it is |", "|---|---|---|---|"]
         lines += [
             f"| `{setting.name}` | `{setting.default!r}` | {setting.metadata['unit']} | {setting.metadata['doc']} |"
             for setting in fields(record)
