@@ -1,8 +1,8 @@
 """State mixers: the shapes of what each keeps per request and rank. One calculator per mixer, none per model.
 
 ``k`` is the convolution kernel's width, ``s`` the speculative tokens. vLLM keeps ``k - 1 + s`` columns of
-convolution input as rows (columns, channels); transformers keeps all ``k`` as (channels, columns). The records here live for one reading of a configuration, so
-that they are named tuples, which cost a tenth of a dataclass at import.
+convolution input as rows (columns, channels); transformers keeps all ``k`` as (channels, columns). The records here
+live for one reading of a configuration, so that they are named tuples, a tenth of a dataclass's cost at import.
 """
 
 from __future__ import annotations
