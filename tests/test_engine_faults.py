@@ -129,6 +129,7 @@ def test_the_end_of_sequence_is_the_models(engine, model, monkeypatch, several):
     tokens = engine.generate([PROMPT], greedy(10))[0].token_ids
     eos = [127, tokens[4]] if several else tokens[4]
     monkeypatch.setattr(model.generation_config, "eos_token_id", eos)
+    engine.close()
     ends = TransformersEngine(model, None, make_ready(model))
     done = ends.generate([PROMPT], SamplingParams(max_new_tokens=10))[0]
     assert done.finish_reason == "stop"
