@@ -134,7 +134,7 @@ def prepare(
 
 def launch(
     model: Model | EngineConfig | None = None,
-    prompts: Sequence[str] = ("A class definition",),
+    prompts: Sequence[str] = ("A function definition",),
     params: SamplingParams | None = None,
     on_progress: Callable[[Progress], None] | None = None,
     **options: Any,
