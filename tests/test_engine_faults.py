@@ -223,6 +223,18 @@ def test_a_model_in_training_mode_is_refused():
         TransformersEngine(model, None, make_ready(model))
 
 
+def test_a_model_in_another_engine_is_refused(engine, model):
+    with pytest.raises(ConfigError, match="belongs to another engine; close that one first"):
+        TransformersEngine(model, None, make_ready(model))
+
+
+def test_a_model_on_another_device_is_refused():
+    model = tiny_model("llama")
+    ready = make_ready(model)
+    with pytest.raises(ConfigError, match="the model is on meta and the cache on cpu"):
+        TransformersEngine(model.to("meta"), None, ready)
+
+
 def test_states_at_block_boundaries_are_refused(model):
     with pytest.raises(ConfigError, match="mamba_cache_mode 'align' keeps states at block boundaries"):
         TransformersEngine(model, None, make_ready(model, mamba_cache_mode="align"))

@@ -25,12 +25,10 @@ class ModelRunner:
 
     From construction to :meth:`close` the model calls makeready's attention, so it cannot be used elsewhere.
 
-    :raises ConfigError: for a model in training mode, or on another device than the cache.
     :raises UnsupportedModelError: if this transformers lacks an entry point that the family needs.
     """
 
     def __init__(self, model: Any, ready: Ready, traits: Traits) -> None:
-        _check_model(model, ready)
         self._model = model
         self._traits = traits
         self._scan_module = scan_module(model, traits)
@@ -84,15 +82,30 @@ class ModelRunner:
         return initial_states(self._scan_module, self._traits.scan, cache)
 
 
-def _check_model(model: Any, ready: Ready) -> None:
+def check_model(model: Any, ready: Ready) -> None:
+    """Refuse a model that cannot run on the cache as it is.
+
+    :raises ConfigError: in training mode, on another device than the cache, or while another engine has it.
+    """
     if model.training:
         raise ConfigError(
             "the model is in training mode, where dropout changes its output; call model.eval() first",
-            option="model", value="training", expected="evaluation mode",
-        )  # fmt: skip
+            option="model",
+            value="training",
+            expected="evaluation mode",
+        )
     device = ready.cache.buffer.device
     if model.device != device:
         raise ConfigError(
             f"the model is on {model.device} and the cache on {device}; put both on one device",
-            option="device", value=str(model.device), expected=str(device),
-        )  # fmt: skip
+            option="device",
+            value=str(model.device),
+            expected=str(device),
+        )
+    if model.config._attn_implementation == NAME:
+        raise ConfigError(
+            "the model belongs to another engine; close that one first",
+            option="model",
+            value=NAME,
+            expected="a model without an engine",
+        )
