@@ -379,7 +379,8 @@ def model_card(model: NemotronHForCausalLM, recipe: Recipe, outcome: Outcome, sa
 A small hybrid language model of type `nemotron_h`, for the demonstrations and tests of makeready.
 It has learned its text by heart. **It is a demo only**; its losses say nothing about a method.
 
-* {model.num_parameters():,} parameters, stored in bfloat16 and run in float32, as its config.json asks.
+* {model.num_parameters():,} parameters, stored in bfloat16 and run in float32, as its \
+config.json asks.
 * {count("linear_attention")} mamba2, {count("full_attention")} attention and {count("mlp")} \
 feed-forward layers, width {config.hidden_size}; {config.num_attention_heads} query and \
 {config.num_key_value_heads} key/value heads of {config.head_dim}; {config.mamba_num_heads} mamba \
@@ -387,8 +388,8 @@ heads of {config.mamba_head_dim}, state {config.ssm_state_size}.
 * {config.vocab_size} byte-level BPE tokens; `{END_OF_TOPIC}` ends a topic and stops generation.
 * Text: `pydoc_data.topics` and `LICENSE.txt` of Python {platform.python_version()}, under the \
 Python Software Foundation License (see NOTICE), trained in windows of {WINDOW} tokens.
-* Command: `python tools/train_bundled_model.py --out engines/transformers/tiny_hybrid {recipe.flag} --seed {recipe.seed} \
---threads {recipe.threads}`
+* Command: `python tools/train_bundled_model.py --out engines/transformers/tiny_hybrid \
+{recipe.flag} --seed {recipe.seed} --threads {recipe.threads}`
 * {outcome.steps} steps of {recipe.batch_size} windows in {outcome.seconds:.0f} s on a CPU.
 * Loss on the text it was trained on: {outcome.train}.
 * Loss on the held-out last {HELD_OUT_SHARE:.0%}, mostly the licence: {outcome.held_out}.
