@@ -44,10 +44,6 @@ class Family:
     sinks: bool = False
     note: str = ""
     """What a plan for this family should say of its numbers."""
-    prefill_matches_decode: bool = True
-    """False where transformers computes prefill and decode differently (dt is clamped in prefill only)."""
-    chunked_prefill_keeps_state: bool = True
-    """False where transformers starts every prefill chunk from an empty state (mamba1)."""
 
 
 def jamba_layers(fields: ConfigFields) -> tuple[LayerKind, ...]:
@@ -192,23 +188,19 @@ def _families() -> dict[str, Family]:
     )
     mistral = Family(default_layers=mistral_layers)
     gemma3 = Family(default_layers=gemma3_layers)
-    pure_mamba1 = Family(
-        mixer=read.pure_mamba1, default_layers=states, fixed_layers=True, chunked_prefill_keeps_state=False
-    )
+    pure_mamba1 = Family(mixer=read.pure_mamba1, default_layers=states, fixed_layers=True)
     return {
         "nemotron_h": Family(mixer=read.mamba2, default_layers=listed, ssm_dtype_field="mamba_ssm_cache_dtype",
-                             ssm_dtype="float32", prefill_matches_decode=False),
+                             ssm_dtype="float32"),
         "bamba": Family(mixer=read.mamba2, default_layers=bamba_layers),
         "granitemoehybrid": Family(mixer=read.mamba2, default_layers=listed),
         "falcon_h1": Family(mixer=read.mamba2, default_layers=both, fixed_layers=True),
         "mamba": pure_mamba1,
         "falcon_mamba": pure_mamba1,
         "mamba2": Family(mixer=read.mamba2, default_layers=states, fixed_layers=True),
-        "zamba": Family(mixer=read.mamba1, default_layers=zamba_layers, head_dim=twice_hidden,
-                        chunked_prefill_keeps_state=False),
-        "zamba2": Family(mixer=read.mamba2, default_layers=zamba2_layers, head_dim=twice_hidden,
-                         prefill_matches_decode=False),
-        "jamba": Family(mixer=read.mamba1, default_layers=jamba_layers, chunked_prefill_keeps_state=False),
+        "zamba": Family(mixer=read.mamba1, default_layers=zamba_layers, head_dim=twice_hidden),
+        "zamba2": Family(mixer=read.mamba2, default_layers=zamba2_layers, head_dim=twice_hidden),
+        "jamba": Family(mixer=read.mamba1, default_layers=jamba_layers),
         "qwen3_next": delta,
         "qwen3_5": qwen35,
         "qwen3_5_text": qwen35,

@@ -34,16 +34,6 @@ ASSUMED_MAX_MODEL_LEN = 32768
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class ModelTraits:
-    """What an engine on transformers has to know about a family."""
-
-    prefill_matches_decode: bool = True
-    """False where prefill and decode of the host library differ by more than rounding."""
-    chunked_prefill_keeps_state: bool = True
-    """False where the host library starts every prefill chunk from an empty state."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
 class ModelSpec:
     """What a model stores, for one engine, dtype and number of ranks. All sizes are per rank."""
 
@@ -63,7 +53,6 @@ class ModelSpec:
     soft_cap: float | None = None
     """Soft cap of attention logits."""
     sinks: bool = False
-    traits: ModelTraits = ModelTraits()
     weights_bytes: int | None = None
     """Bytes of the whole checkpoint; ``None`` where no checkpoint was seen."""
     notes: tuple[str, ...] = ()
@@ -143,10 +132,6 @@ def read_model(
         layers=tuple(_layer_specs(fields, layers, full, windowed, state)),
         soft_cap=fields.number("attn_logit_softcapping"),
         sinks=family.sinks,
-        traits=ModelTraits(
-            prefill_matches_decode=family.prefill_matches_decode,
-            chunked_prefill_keeps_state=family.chunked_prefill_keeps_state,
-        ),
         weights_bytes=fields.weights_bytes,
         notes=tuple(notes),
     )

@@ -80,15 +80,6 @@ def test_a_saved_config_reads_like_the_dict(family: str, tmp_path) -> None:
     assert saved.num_layers == config.get_text_config(decoder=True).num_hidden_layers
 
 
-def test_traits_name_the_families_with_defects() -> None:
-    def specs(trait: str) -> set[str]:
-        found = {family: read_model(tiny_config(family).to_dict()) for family in FAMILIES}
-        return {family for family, spec in found.items() if not getattr(spec.traits, trait)}
-
-    assert specs("prefill_matches_decode") == {"nemotron_h", "zamba2"}
-    assert specs("chunked_prefill_keeps_state") == {"jamba", "zamba", "mamba", "falcon_mamba"}
-
-
 def test_transformers_keeps_recurrent_states_in_its_own_dtype() -> None:
     config = tiny_config("bamba").to_dict()
     with pytest.raises(ConfigError, match="mamba_ssm_cache_dtype bfloat16 cannot be had: .* float32"):

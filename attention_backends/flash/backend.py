@@ -8,7 +8,8 @@ from ...config import LAYOUTS
 from ...device import DeviceFacts
 from ...errors import BackendError
 from ..interface import AttentionBackend, AttentionImpl, BuildRequest, Capabilities, Probe
-from .providers import LIBRARIES, FlashProvider, default_providers, missing
+from .ipex import IpexProvider
+from .providers import LIBRARIES, FlashProvider, missing
 
 HALF = frozenset({"bfloat16", "float16"})
 FP8 = frozenset({"fp8_e4m3", "fp8_e5m2"})
@@ -23,7 +24,7 @@ class FlashBackend(AttentionBackend):
     name = "flash"
 
     def __init__(self, providers: Sequence[FlashProvider] | None = None) -> None:
-        self.providers = tuple(default_providers() if providers is None else providers)
+        self.providers: tuple[FlashProvider, ...] = (IpexProvider(),) if providers is None else tuple(providers)
 
     def capabilities(self, device: DeviceFacts) -> Capabilities:
         """What the platform's kernels share; elsewhere what the first provider for the device type can do."""

@@ -98,13 +98,6 @@ LIBRARIES: tuple[Library, ...] = (
 )
 
 
-def default_providers() -> tuple[FlashProvider, ...]:
-    """The providers that come with the package, best first; a wheel passes its own to ``FlashBackend``."""
-    from .ipex import IpexProvider
-
-    return (IpexProvider(),)
-
-
 def missing(device: DeviceFacts, libraries: Sequence[Library] = LIBRARIES) -> str:
     """Clauses on every library that could serve ``device``, joined; empty when there is none."""
     return "; ".join(lib.describe() for lib in libraries if device.device_type in lib.device_types)
