@@ -176,6 +176,21 @@ def test_if_the_model_raises_the_step_is_done_again(engine, model, monkeypatch):
     assert [tuple(tokens[request_id]) for request_id in ids] == [done.token_ids for done in expected]
 
 
+def test_another_requests_state_is_never_used(engine):
+    engine.add_request(PROMPT, greedy(9))
+    engine.add_request([9, 9], greedy(9))
+    engine.step()
+    first, second = engine.scheduler.running
+    group = next(group for group in first.tables if group in second.tables and len(first.tables[group].blocks) == 1)
+    first.tables[group], second.tables[group] = second.tables[group], first.tables[group]
+    with pytest.raises(IntegrityError, match="request-0 continues after 5 tokens, and block .* of request-1 after"):
+        engine._runner.run([first], 1)
+    first.tables[group], second.tables[group] = second.tables[group], first.tables[group]
+    with pytest.raises(IntegrityError, match="request-1 continues after 2 tokens, and block .* holds no valid state"):
+        engine._runner.run([second], 1)
+    engine.scheduler.restart([first, second])
+
+
 def test_a_plan_of_another_model_is_refused(model):
     groups = make_ready(tiny_model("granitemoehybrid")).groups
     traits = traits_of("bamba")

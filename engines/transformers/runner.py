@@ -14,6 +14,7 @@ from .attention import CONTEXT, NAME, register
 from .binding import bind
 from .families import Traits
 from .forward_step import ForwardStep, build_step
+from .ledger import StateLedger
 from .mamba1 import initial_states, scan_module
 from .paged_cache import PagedCache
 from .records import Ready
@@ -33,6 +34,7 @@ class ModelRunner:
         self._traits = traits
         self._scan_module = scan_module(model, traits)
         self._binding = bind(ready, model.config.get_text_config(decoder=True).num_hidden_layers)
+        self._ledger = StateLedger()
         self._device = model.device
         self._stock_attention = model.config._attn_implementation
         register()
@@ -48,12 +50,15 @@ class ModelRunner:
         Several requests only with one token each: a longer batch would need padding, which states cannot ignore.
 
         :return: logits of each request's last token, (B, V).
+        :raises IntegrityError: if a state is not the request's, or not of its tokens so far.
         """
         step = build_step(self._binding, requests, query_len, self._device)
         cache = PagedCache(self._binding, step)
+        self._ledger.begin(requests, step.state_blocks)
         with torch.no_grad(), self._continued_scan(step, cache):
             logits: torch.Tensor = self._model(**self._inputs(requests, step, cache)).logits
             cache.flush()
+        self._ledger.commit(requests, step.state_blocks, query_len)
         return logits[:, -1]
 
     def _inputs(self, requests: Sequence[Request], step: ForwardStep, cache: PagedCache) -> dict[str, Any]:
