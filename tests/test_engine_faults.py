@@ -183,7 +183,7 @@ def test_another_requests_state_is_never_used(engine):
     first, second = engine.scheduler.running
     group = next(group for group in first.tables if group in second.tables and len(first.tables[group].blocks) == 1)
     first.tables[group], second.tables[group] = second.tables[group], first.tables[group]
-    with pytest.raises(IntegrityError, match="request-0 continues after 5 tokens, and block .* the state of request-1"):
+    with pytest.raises(IntegrityError, match="request-0 continues after 5 tokens, and block .* of request-1 after"):
         engine._runner.run([first], 1)
     first.tables[group], second.tables[group] = second.tables[group], first.tables[group]
     with pytest.raises(IntegrityError, match="request-1 continues after 2 tokens, and block .* holds no valid state"):
