@@ -42,6 +42,8 @@ class Family:
     native_state_dtype: bool = False
     """True if transformers keeps the recurrent state in the model's dtype instead of float32."""
     sinks: bool = False
+    note: str = ""
+    """What a plan for this family should say of its numbers."""
     prefill_matches_decode: bool = True
     """False where transformers computes prefill and decode differently (dt is clamped in prefill only)."""
     chunked_prefill_keeps_state: bool = True
@@ -217,10 +219,13 @@ def _families() -> dict[str, Family]:
                               ssm_dtypes=("float32", "bfloat16")),
         "lfm2": Family(mixer=read.short_conv, default_layers=lfm2_layers),
         "lfm2_moe": Family(mixer=read.short_conv, default_layers=lfm2_layers),
-        "zaya": Family(mixer=read.zaya, default_layers=both, native_state_dtype=True),
-        "plamo2": Family(mixer=read.plamo_mamba2, default_layers=plamo2_layers, head_dim=plamo_head_dim),
+        "zaya": Family(mixer=read.zaya, default_layers=both, native_state_dtype=True,
+                       note="zaya: state shapes are those of transformers; no other engine was seen to serve it"),
+        "plamo2": Family(mixer=read.plamo_mamba2, default_layers=plamo2_layers, head_dim=plamo_head_dim,
+                         note="plamo2: attention_window_size is not used, attention is planned over all tokens"),
         "minimax_text_01": Family(mixer=read.lightning, default_layers=minimax_layers, one_state_dtype=True),
-        "phi4flash": Family(mixer=read.mamba1, default_layers=sambay_layers),
+        "phi4flash": Family(mixer=read.mamba1, default_layers=sambay_layers,
+                            note="phi4flash: layers after the middle read the cache of others and store nothing"),
         "llama": dense, "granite": dense, "olmo2": dense, "phi3": mistral,
         "mistral": mistral, "mixtral": mistral,
         "qwen2": qwen, "qwen2_moe": qwen, "qwen3": qwen, "qwen3_moe": qwen,

@@ -10,20 +10,20 @@ from typing import Any
 
 from ..attention_backends.interface import LayerRequest
 from ..cache.specs import (
-    QUANTISED_KV,
     AttentionSpec,
     LayerSpec,
     MambaSpec,
-    StateTensor,
     resolve_kv_cache_dtype,
 )
 from ..config import DTYPES
 from ..errors import ConfigError, UnsupportedModelError
+from .attention_fields import attention_spec
 from .config_fields import ConfigFields, load_config
 from .families import FAMILIES, REFUSED, Family
 from .layer_patterns import LayerKind, explicit_layers
-from .mixers import Rank, uneven
+from .mixers import Rank
 from .presets import preset
+from .state_fields import state_spec
 
 ENGINES = ("vllm", "transformers")
 ASSUMED_MAX_MODEL_LEN = 32768
@@ -119,13 +119,14 @@ def read_model(
         )
     fields, notes = _fields(model, name)
     model_type, family = _family(fields)
+    notes += [family.note] if family.note else []
     layers = (None if family.fixed_layers else explicit_layers(fields)) or family.default_layers(fields)
     model_dtype = _model_dtype(fields, dtype, notes)
     stored = resolve_kv_cache_dtype(kv_cache_dtype, model_dtype)
     rank = Rank(engine=engine, tp=tensor_parallel_size, speculative=num_speculative_tokens)
     state = None
     if family.mixer is not None:
-        state = _state_spec(fields, family, rank, model_dtype, mamba_cache_dtype, mamba_ssm_cache_dtype)
+        state = state_spec(fields, family, rank, model_dtype, mamba_cache_dtype, mamba_ssm_cache_dtype)
     return ModelSpec(
         name=name or _name(model, fields),
         model_type=model_type,
@@ -220,11 +221,11 @@ def _layer_specs(
 ) -> list[LayerSpec]:
     """One entry per thing that a layer stores."""
     has_attention = any(kind not in (LayerKind.STATE, LayerKind.NOTHING) for kind in layers)
-    attention = _attention_spec(fields, family, stored, tp, window=None) if has_attention else None
+    attention = attention_spec(fields, family, stored, tp, window=None) if has_attention else None
     sliding = (LayerKind.SLIDING, LayerKind.BOTH_SLIDING)
     windowed = None
     if any(kind in sliding for kind in layers):
-        windowed = _attention_spec(fields, family, stored, tp, window=fields.integer("sliding_window"))
+        windowed = attention_spec(fields, family, stored, tp, window=fields.integer("sliding_window"))
     found: list[LayerSpec] = []
     for index, kind in enumerate(layers):
         if kind in (LayerKind.STATE, LayerKind.BOTH, LayerKind.BOTH_SLIDING):
@@ -236,129 +237,3 @@ def _layer_specs(
         if kind in sliding and windowed is not None:
             found.append(LayerSpec(layer=index, spec=windowed))
     return found
-
-
-def _attention_spec(fields: ConfigFields, family: Family, stored: str, tp: int, window: int | None) -> AttentionSpec:
-    heads = fields.integer("num_attention_heads")
-    if heads % tp:
-        raise uneven("attention heads", heads, tp)
-    if family.mla:
-        return _mla_spec(fields, stored, heads // tp)
-    kv_heads = fields.integer("num_key_value_heads", default=heads)
-    if max(kv_heads, tp) % min(kv_heads, tp):
-        raise uneven("key-value heads", kv_heads, tp)
-    if family.head_dim is not None:
-        head_dim = family.head_dim(fields)
-    else:
-        default = fields.integer("hidden_size") // heads
-        head_dim = fields.integer("head_dim", "attention_head_dim", default=default)
-    if stored == "nvfp4" and head_dim % 16:
-        raise ConfigError(
-            f"kv_cache_dtype nvfp4 scales 16 values together, which head width {head_dim} is not a multiple of",
-            option="kv_cache_dtype",
-            value=stored,
-            expected="a head width that is a multiple of 16, or another kv_cache_dtype",
-        )
-    return AttentionSpec(
-        num_query_heads=heads // tp,
-        num_kv_heads=max(1, kv_heads // tp),
-        head_size=head_dim,
-        head_size_v=head_dim,
-        dtype=stored,
-        sliding_window=window,
-    )
-
-
-def _mla_spec(fields: ConfigFields, stored: str, heads: int) -> AttentionSpec:
-    """The latent and the rotary part, whole on every rank."""
-    if stored in QUANTISED_KV:
-        raise ConfigError(
-            f"kv_cache_dtype {stored} is for K and V with heads; a latent cache (MLA) takes plain dtypes and fp8",
-            option="kv_cache_dtype",
-            value=stored,
-            expected=["auto", *DTYPES, "fp8", "fp8_e4m3", "fp8_e5m2"],
-        )
-    return AttentionSpec(
-        num_query_heads=heads,
-        num_kv_heads=1,
-        head_size=fields.integer("kv_lora_rank"),
-        head_size_v=fields.integer("qk_rope_head_dim"),
-        dtype=stored,
-        mla=True,
-    )
-
-
-def _state_spec(
-    fields: ConfigFields,
-    family: Family,
-    rank: Rank,
-    model_dtype: str,
-    mamba_cache_dtype: str,
-    mamba_ssm_cache_dtype: str,
-) -> MambaSpec:
-    assert family.mixer is not None
-    mixer = family.mixer(fields)
-    conv = model_dtype if mamba_cache_dtype == "auto" else mamba_cache_dtype
-    if rank.engine == "transformers":
-        recurrent = model_dtype if family.native_state_dtype else "float32"
-        _require_native("mamba_cache_dtype", mamba_cache_dtype, model_dtype)
-        _require_native("mamba_ssm_cache_dtype", mamba_ssm_cache_dtype, recurrent)
-        _require_no_speculation(rank)
-    else:
-        recurrent = _recurrent_dtype(fields, family, mamba_ssm_cache_dtype, conv)
-    if recurrent not in family.ssm_dtypes:
-        raise ConfigError(
-            f"mamba_ssm_cache_dtype {recurrent} is not one that {mixer.kind} kernels take; choose "
-            f"{' or '.join(family.ssm_dtypes)}",
-            option="mamba_ssm_cache_dtype",
-            value=recurrent,
-            expected=list(family.ssm_dtypes),
-        )
-    dtypes = {"conv": conv, "recurrent": recurrent}
-    return MambaSpec(
-        kind=mixer.kind,
-        states=tuple(StateTensor(name=name, shape=shape, dtype=dtypes[name]) for name, shape in mixer.shapes(rank)),
-    )
-
-
-def _recurrent_dtype(fields: ConfigFields, family: Family, setting: str, conv: str) -> str:
-    """vLLM's rule: the setting, else the configuration's field, else the family's default."""
-    if setting not in ("auto", conv) and family.one_state_dtype:
-        raise ConfigError(
-            f"mamba_ssm_cache_dtype {setting} has no say over this mixer: its state is kept in mamba_cache_dtype, "
-            f"{conv}; set that one",
-            option="mamba_ssm_cache_dtype",
-            value=setting,
-            expected=["auto", conv],
-        )
-    if setting != "auto":
-        return setting
-    named = fields.first(family.ssm_dtype_field) if family.ssm_dtype_field else None
-    if named is not None:
-        word = str(named).removeprefix("torch.")
-        if word not in DTYPES:
-            raise fields.broken(str(family.ssm_dtype_field), named, f"one of {', '.join(DTYPES)}")
-        return word
-    return conv if family.ssm_dtype == "conv" else family.ssm_dtype
-
-
-def _require_native(option: str, setting: str, native: str) -> None:
-    """transformers decides in which dtype its layers keep states; another one cannot be had."""
-    if setting not in ("auto", native):
-        raise ConfigError(
-            f"{option} {setting} cannot be had: transformers keeps this state in {native}",
-            option=option,
-            value=setting,
-            expected=["auto", native],
-        )
-
-
-def _require_no_speculation(rank: Rank) -> None:
-    if rank.speculative:
-        raise ConfigError(
-            f"num_speculative_tokens {rank.speculative} needs an engine that speculates; states of transformers "
-            "keep no room for draft tokens, so use 0",
-            option="num_speculative_tokens",
-            value=rank.speculative,
-            expected=0,
-        )

@@ -4,10 +4,5 @@ from __future__ import annotations
 
 from .interface import Platform
 
-
-class CpuPlatform(Platform):
-    """Larger blocks than on accelerators: CPU kernels walk blocks one after the other and like them long."""
-
-    name = "cpu"
-    device_type = "cpu"
-    default_block_size = 128
+CPU = Platform(name="cpu", device_type="cpu", default_block_size=128)
+"""Larger blocks than on accelerators: CPU kernels walk blocks one after the other and like them long."""

@@ -4,9 +4,5 @@ from __future__ import annotations
 
 from .interface import Platform
 
-
-class CudaPlatform(Platform):
-    """No limits of its own: a backend's capabilities say which compute capabilities its kernels take."""
-
-    name = "cuda"
-    device_type = "cuda"
+CUDA = Platform(name="cuda", device_type="cuda")
+"""Every compute capability that a backend's own kernels take; backends refuse devices by themselves."""

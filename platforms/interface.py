@@ -1,7 +1,7 @@
 """A platform is data: one kind of device and all that differs because of it.
 
-A vendor derives from :class:`Platform` and sets its numbers. No method is overridden: what a platform needs
-beyond the common rules it declares as a constraint.
+A vendor makes one :class:`Platform` with its numbers. Nothing is overridden: what a platform needs beyond the
+common rules it declares as a constraint.
 """
 
 from __future__ import annotations
@@ -11,7 +11,8 @@ from typing import final
 
 from ..cache.block_size import Constraint
 from ..device import DeviceFacts
-from .decision import BlockSizeDecision, BlockSizeRequest, decide
+from .decision import BlockSizeDecision, BlockSizeRequest
+from .phases import decide
 
 __all__ = ["BlockSizeDecision", "BlockSizeRequest", "Platform", "StateConstraint"]
 
@@ -25,8 +26,10 @@ class StateConstraint:
     constraint: Constraint
 
 
+@final
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Platform:
-    """One kind of device. Subclasses only set the attributes; instances have no state."""
+    """One kind of device."""
 
     name: str
     """What the user writes after ``--platform``."""
@@ -49,7 +52,6 @@ class Platform:
         found = [entry.constraint for entry in self.state_constraints if kinds & entry.kinds]
         return (*self.constraints, *found)
 
-    @final
     def update_block_size_for_backend(self, request: BlockSizeRequest) -> BlockSizeDecision:
         """The KV block size and all pages, in phase 1 and phase 2; changes nothing.
 

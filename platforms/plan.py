@@ -111,8 +111,8 @@ class Plan:
         ]
         if self.mamba_padding_pct is not None:
             lines.append(
-                f"  state           {format_bytes(decision.state_raw_bytes)} raw, padded by {self.mamba_padding_pct:.2f} %, "
-                f"mode {decision.mamba_cache_mode}"
+                f"  state           {format_bytes(decision.state_raw_bytes)} raw, padded by "
+                f"{self.mamba_padding_pct:.2f} %, mode {decision.mamba_cache_mode}"
             )
         lines.append(
             f"  block id        {format_bytes(self.pool_bytes_per_block)}: {self.slots_per_block} pages, "

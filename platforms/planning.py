@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
 from types import MappingProxyType
 
 from ..attention_backends.interface import Capabilities
-from ..cache.block_size import Constraint
+from ..cache.block_size import Constraint, MultipleOf
 from ..cache.capacity import Capacity, Holding, plan_capacity
 from ..cache.grouping import group_layers, pool_bytes_per_block, slots_per_block
 from ..cache.specs import AttentionSpec, LayerGroup, LayerSpec, MambaSpec
@@ -49,7 +50,7 @@ def block_size_request(
         mamba_cache_mode=cache.mamba_cache_mode,
         max_model_len=_asked_max_model_len(model, config),
         prefill_checkpoint_alignment=prefill_checkpoint_alignment,
-        extra_constraints=tuple(extra_constraints),
+        extra_constraints=(*extra_constraints, *_setting_constraints(backends, config)),
     )
 
 
@@ -62,6 +63,7 @@ def plan_model(
     *,
     extra_constraints: Iterable[Constraint] = (),
     preferred_block_sizes: Mapping[str, int] | None = None,
+    kernel_block_sizes: Mapping[str, Callable[[int], int]] | None = None,
     prefill_checkpoint_alignment: int | None = None,
     reasons: Sequence[str] = (),
     refusals: Sequence[str] = (),
@@ -70,6 +72,10 @@ def plan_model(
 
     :param backends: per attention layer the capabilities of its backend.
     :param device: facts of the device; ``None`` plans without its memory.
+    :param preferred_block_sizes: per backend name the block size that it would choose, in tokens.
+    :param kernel_block_sizes: per backend name how it chooses its kernel block for a block size; without one, the
+        largest that its capabilities allow.
+    :param prefill_checkpoint_alignment: tokens at whose multiples the state kernels can stop in prefill.
     :param reasons: sentences of earlier decisions (platform, backends), put first.
     :param refusals: sentences about what was not chosen.
     :raises BlockSizeError: if no block size suits all, or the user's does not.
@@ -85,7 +91,7 @@ def plan_model(
         preferred_block_sizes=preferred_block_sizes,
         prefill_checkpoint_alignment=prefill_checkpoint_alignment,
     )
-    decision = platform.update_block_size_for_backend(request)
+    decision = _with_kernel_blocks(platform.update_block_size_for_backend(request), kernel_block_sizes or {})
     groups = group_layers(model.layers, decision.block_size, _state_block_size(decision, request.max_model_len))
     per_block = pool_bytes_per_block(groups, decision.page_bytes)
     said = [*reasons, *model.notes, *decision.reasons, *_grouping_reasons(groups, per_block)]
@@ -106,6 +112,31 @@ def plan_model(
         refusals=tuple(refusals),
         warnings=tuple(warnings),
     )
+
+
+def _setting_constraints(backends: Mapping[int, Capabilities], config: EngineConfig) -> tuple[Constraint, ...]:
+    """A mask block that the user set for flex is its kernel block, which the block has to be a multiple of."""
+    wanted = config.attention.flex_attn_kv_block_size
+    if wanted is None or all(backend.name != "flex" for backend in backends.values()):
+        return ()
+    return (MultipleOf(wanted, owner="flex_attn_kv_block_size"),)
+
+
+def _with_kernel_blocks(decision: BlockSizeDecision, chosen: Mapping[str, Callable[[int], int]]) -> BlockSizeDecision:
+    """The decision with the kernel blocks that backends choose themselves."""
+    sizes = dict(decision.kernel_block_sizes)
+    for name, choose in chosen.items():
+        if name in sizes:
+            sizes[name] = choose(decision.block_size)
+            if sizes[name] < 1 or decision.block_size % sizes[name]:
+                raise BackendError(
+                    f"backend {name} chose the kernel block {sizes[name]}, which does not divide the block of "
+                    f"{decision.block_size} tokens",
+                    option="kernel_block_size",
+                    value=sizes[name],
+                    expected=f"a divisor of {decision.block_size}",
+                )
+    return replace(decision, kernel_block_sizes=MappingProxyType(sizes))
 
 
 def _attention(layers: Iterable[LayerSpec]) -> Iterable[AttentionSpec]:
@@ -171,9 +202,7 @@ def _warnings(decision: BlockSizeDecision, groups: Sequence[LayerGroup], per_blo
     raw = decision.state_raw_bytes
     if raw and 100 * (decision.state_page_bytes - raw) > NOTABLE_PADDING_PCT * raw:
         pct = 100 * (decision.state_page_bytes - raw) / raw
-        found.append(
-            f"states of {raw} bytes take pages of {decision.state_page_bytes} bytes, {pct:.1f} % of their size is padding."
-        )
+        found.append(f"states of {raw} bytes take pages of {decision.state_page_bytes} bytes: padding of {pct:.1f} %.")
     floor = len(groups) * per_block
     if decision.block_size > 8 * decision.phase1_block_size:
         found.append(

@@ -22,15 +22,15 @@ from makeready.config import KV_CACHE_DTYPES, EngineConfig
 from makeready.errors import BlockSizeError, ConfigError, MakereadyError
 from makeready.hybrid.model_specs import ModelSpec, read_model
 from makeready.hybrid.presets import is_preset, preset
-from makeready.platforms.cpu import CpuPlatform
-from makeready.platforms.cuda import CudaPlatform
+from makeready.platforms.cpu import CPU
+from makeready.platforms.cuda import CUDA
 from makeready.platforms.interface import Platform
 from makeready.platforms.plan import Plan
 from makeready.platforms.planning import plan_model
-from makeready.platforms.xpu import XpuPlatform
+from makeready.platforms.xpu import XPU
 
 Case = Mapping[str, Any]
-PLATFORMS: Mapping[str, Platform] = {"cpu": CpuPlatform(), "cuda": CudaPlatform(), "xpu": XpuPlatform()}
+PLATFORMS: Mapping[str, Platform] = {"cpu": CPU, "cuda": CUDA, "xpu": XPU}
 KINDS = {"attn": ("attention", "mla"), "swa": ("sliding",)}
 """Group kinds of the cases and what makeready calls them, where that differs."""
 STATES = ("mamba1", "mamba2", "gdn", "kda", "shortconv", "lightning")

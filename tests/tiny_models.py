@@ -121,7 +121,8 @@ FIELDS: dict[str, dict[str, Any]] = {
         "attn_logit_softcapping": 5.0,
     },
     "gpt_oss": {
-        **ATTENTION, "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0}, "head_dim": 16, "num_hidden_layers": 4, "intermediate_size": 32, "num_local_experts": 4,
+        **ATTENTION, "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0},
+        "head_dim": 16, "num_hidden_layers": 4, "intermediate_size": 32, "num_local_experts": 4,
         "num_experts_per_tok": 2, "sliding_window": 24,
         "layer_types": ["sliding_attention", "full_attention"] * 2,
     },
@@ -150,12 +151,10 @@ def tiny_model(family: str, seed: int = 0, dtype: str = "float32") -> Any:
     from transformers import AutoModelForCausalLM
 
     torch.manual_seed(seed)
-    model = AutoModelForCausalLM.from_config(tiny_config(family), dtype=getattr(torch, dtype))
+    model = AutoModelForCausalLM.from_config(tiny_config(family), dtype=getattr(torch, dtype))  # type: ignore[no-untyped-call]
     generator = torch.Generator().manual_seed(seed + 1)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            if "conv" in name and parameter.dim() >= 2:
-                parameter.copy_(0.5 * torch.randn(parameter.shape, generator=generator))
-            elif name.endswith((".temp", ".sinks")):
+            if ("conv" in name and parameter.dim() >= 2) or name.endswith((".temp", ".sinks")):
                 parameter.copy_(0.5 * torch.randn(parameter.shape, generator=generator))
     return model.eval()

@@ -1,0 +1,67 @@
+"""Configuration fields -> what an attention layer stores on one rank."""
+
+from __future__ import annotations
+
+from ..cache.specs import QUANTISED_KV, AttentionSpec
+from ..config import DTYPES
+from ..errors import ConfigError
+from .config_fields import ConfigFields
+from .families import Family
+from .mixers import uneven
+
+
+def attention_spec(fields: ConfigFields, family: Family, stored: str, tp: int, window: int | None) -> AttentionSpec:
+    """K and V of an attention layer, for ``tp`` ranks.
+
+    :param stored: the resolved KV dtype.
+    :param window: tokens of its sliding window; ``None`` for full attention.
+    :raises UnsupportedModelError: if heads cannot be split over the ranks.
+    :raises ConfigError: for a KV dtype that these heads cannot be stored in.
+    """
+    heads = fields.integer("num_attention_heads")
+    if heads % tp:
+        raise uneven("attention heads", heads, tp)
+    if family.mla:
+        return _mla_spec(fields, stored, heads // tp)
+    kv_heads = fields.integer("num_key_value_heads", default=heads)
+    if max(kv_heads, tp) % min(kv_heads, tp):
+        raise uneven("key-value heads", kv_heads, tp)
+    if family.head_dim is not None:
+        head_dim = family.head_dim(fields)
+    else:
+        default = fields.integer("hidden_size") // heads
+        head_dim = fields.integer("head_dim", "attention_head_dim", default=default)
+    if stored == "nvfp4" and head_dim % 16:
+        raise ConfigError(
+            f"kv_cache_dtype nvfp4 scales 16 values together, which head width {head_dim} is not a multiple of",
+            option="kv_cache_dtype",
+            value=stored,
+            expected="a head width that is a multiple of 16, or another kv_cache_dtype",
+        )
+    return AttentionSpec(
+        num_query_heads=heads // tp,
+        num_kv_heads=max(1, kv_heads // tp),
+        head_size=head_dim,
+        head_size_v=head_dim,
+        dtype=stored,
+        sliding_window=window,
+    )
+
+
+def _mla_spec(fields: ConfigFields, stored: str, heads: int) -> AttentionSpec:
+    """The latent and the rotary part, whole on every rank."""
+    if stored in QUANTISED_KV:
+        raise ConfigError(
+            f"kv_cache_dtype {stored} is for K and V with heads; a latent cache (MLA) takes plain dtypes and fp8",
+            option="kv_cache_dtype",
+            value=stored,
+            expected=["auto", *DTYPES, "fp8", "fp8_e4m3", "fp8_e5m2"],
+        )
+    return AttentionSpec(
+        num_query_heads=heads,
+        num_kv_heads=1,
+        head_size=fields.integer("kv_lora_rank"),
+        head_size_v=fields.integer("qk_rope_head_dim"),
+        dtype=stored,
+        mla=True,
+    )

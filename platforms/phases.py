@@ -1,0 +1,212 @@
+"""Phase 1 and phase 2: from a request to the one KV block size that every kernel and state can live with.
+
+Pure functions of frozen records; :class:`~makeready.platforms.interface.Platform` is the door.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from types import MappingProxyType
+
+from ..attention_backends.interface import Capabilities
+from ..cache.block_size import (
+    Constraint,
+    Divides,
+    MultipleOf,
+    OneOf,
+    check,
+    checked,
+    largest_accepted,
+    smallest_accepted,
+    solve,
+)
+from ..errors import BlockSizeError, ConfigError
+from ..hybrid.page_alignment import (
+    UnifiedPages,
+    alignment_preferences,
+    largest_state,
+    state_constraints,
+    unified_pages,
+)
+from .decision import BlockSizeDecision, BlockSizeRequest
+from .kernel_blocks import kernel_block_size, kernel_constraints, preferred_block_size
+
+MAMBA_BLOCK_SIZE = "mamba_block_size"
+"""Owner of the constraint that the user's ``mamba_block_size`` makes."""
+
+
+def decide(
+    request: BlockSizeRequest, *, platform: str, default_block_size: int, declared: Sequence[Constraint] = ()
+) -> BlockSizeDecision:
+    """Phase 1, then phase 2.
+
+    :param declared: constraints that the platform adds for the kinds of states in the request.
+    :raises BlockSizeError: naming the owners that clash, or the user's size and the nearest that work.
+    :raises ConfigError: for a ``mamba_block_size`` where no states are kept.
+    """
+    _check_mamba_block_size_applies(request)
+    backends = _distinct(request.backends)
+    reasons: list[str] = []
+    kernels = checked([*kernel_constraints(backends), *declared, *request.extra_constraints])
+    hard = checked([*kernels, *_phase2_constraints(request)])
+    _check_mamba_block_size(request, hard)
+    if request.block_size is not None:
+        check(request.block_size, hard)
+    phase1 = _phase1(request, backends, kernels, platform, default_block_size, reasons)
+    block_size = _phase2(request, phase1, hard, reasons)
+    pages = unified_pages(request.attention, request.states, block_size)
+    _explain_pages(request, pages, block_size, reasons)
+    return BlockSizeDecision(
+        block_size=block_size,
+        kernel_block_sizes=MappingProxyType({b.name: kernel_block_size(b, block_size) for b in backends}),
+        attention_bytes_per_token=pages.attention_bytes_per_token,
+        attention_page_bytes=pages.attention_page_bytes,
+        state_raw_bytes=pages.state_raw_bytes,
+        state_page_bytes=pages.page_bytes if request.states else 0,
+        mamba_page_size_padded=pages.mamba_page_size_padded,
+        mamba_block_size=_mamba_block_size(request, block_size, reasons),
+        mamba_cache_mode=request.mamba_cache_mode,
+        phase1_block_size=phase1,
+        page_bytes=pages.page_bytes,
+        constraints=hard,
+        reasons=tuple(reasons),
+    )
+
+
+def _distinct(backends: Iterable[Capabilities]) -> tuple[Capabilities, ...]:
+    """Attention backends, each once, by name: the caller's order must not matter."""
+    return tuple(sorted({b for b in backends if not b.is_ssm}, key=lambda b: b.name))
+
+
+def _phase1(
+    request: BlockSizeRequest,
+    backends: Sequence[Capabilities],
+    kernels: Sequence[Constraint],
+    platform: str,
+    default: int,
+    reasons: list[str],
+) -> int:
+    """The size that kernels like best; the user's own where there is one."""
+    if request.block_size is not None:
+        reasons.append(f"phase 1: block_size {request.block_size} is the user's and suits every attention kernel.")
+        return request.block_size
+    wishes = {b.name: request.preferred_block_sizes.get(b.name) or preferred_block_size(b, default) for b in backends}
+    start = max(wishes.values(), default=default)
+    size = smallest_accepted(kernels, start) or largest_accepted(kernels, start) or solve(kernels)
+    said = ", ".join(f"{name} prefers {wish}" for name, wish in wishes.items()) or "there is no attention backend"
+    reasons.append(
+        f"phase 1: {said} from {platform}'s default of {default}; the block next to that which all accept is {size}."
+    )
+    return size
+
+
+def _phase2_constraints(request: BlockSizeRequest) -> tuple[Constraint, ...]:
+    """What states ask for, hard."""
+    rules = [*state_constraints(request.attention, request.states)]
+    if not request.states or request.mamba_cache_mode == "none":
+        return tuple(rules)
+    if request.prefill_checkpoint_alignment is not None:
+        rules.append(MultipleOf(request.prefill_checkpoint_alignment, owner="state checkpoints in prefill"))
+    if request.mamba_block_size is not None:
+        rules.append(Divides(request.mamba_block_size, owner=MAMBA_BLOCK_SIZE))
+    return tuple(rules)
+
+
+def _phase2(request: BlockSizeRequest, phase1: int, hard: tuple[Constraint, ...], reasons: list[str]) -> int:
+    """The smallest block that holds the largest state and suits everybody."""
+    if not request.states:
+        reasons.append("phase 2: skipped, the model has no state layers.")
+        return phase1
+    if request.block_size is not None:
+        reasons.append(f"phase 2: block_size {request.block_size} is kept, every constraint accepts it.")
+        return request.block_size
+    if not request.attention:
+        reasons.append("phase 2: the model has no attention; a page is a state and the block size counts nothing.")
+    wished = checked([*hard, *alignment_preferences(request.attention, phase1)])
+    size = smallest_accepted(wished, phase1)
+    if size is None:
+        size, wished = solve(hard), hard
+        reasons.append(
+            f"phase 2: no block is a multiple of the phase 1 block size {phase1} and suits all, so that this "
+            "preference is dropped."
+        )
+    if request.attention:
+        rules = "; ".join(f"{rule.owner} needs {rule.describe()}" for rule in wished)
+        reasons.append(f"phase 2: {rules}; the smallest block that suits all is {size}.")
+    return size
+
+
+def _check_mamba_block_size(request: BlockSizeRequest, hard: tuple[Constraint, ...]) -> None:
+    """Refuse a mamba_block_size that no block divides, with the nearest values that work."""
+    if request.mamba_block_size is None or smallest_accepted(hard, 1) is not None:
+        return
+    others = tuple(rule for rule in hard if rule.owner != MAMBA_BLOCK_SIZE)
+    least = solve(others)
+    wanted = request.mamba_block_size
+    finite = [rule for rule in others if isinstance(rule, OneOf)]
+    if finite:
+        values = tuple(sorted({m for n in finite[0].sizes for m in (wanted // n * n, -(-wanted // n) * n) if m}))
+    else:
+        values = tuple(n for n in (largest_accepted(others, wanted), smallest_accepted(others, wanted)) if n)
+    said = "; ".join(f"{rule.owner} needs {rule.describe()}" for rule in others)
+    noun = "value that works is" if len(values) == 1 else "values that work are"
+    raise BlockSizeError(
+        f"mamba_block_size {wanted} is refused: it has to be a whole number of blocks, and the smallest block is "
+        f"{least} ({said}); the nearest {noun} {' and '.join(map(str, values))}",
+        option="mamba_block_size",
+        value=wanted,
+        expected=values,
+    )
+
+
+def _check_mamba_block_size_applies(request: BlockSizeRequest) -> None:
+    if request.mamba_block_size is None:
+        return
+    if not request.states:
+        why = "the model has no state layers"
+    elif request.mamba_cache_mode == "none":
+        why = "mamba_cache_mode none keeps one state per request and none at block boundaries"
+    else:
+        return
+    raise ConfigError(
+        f"mamba_block_size {request.mamba_block_size} is refused: {why}; leave it out, or use mamba_cache_mode "
+        "align or all with a model that has states",
+        option="mamba_block_size",
+        value=request.mamba_block_size,
+        expected="mamba_cache_mode align or all",
+    )
+
+
+def _mamba_block_size(request: BlockSizeRequest, block_size: int, reasons: list[str]) -> int | None:
+    if not request.states:
+        return None
+    if request.mamba_cache_mode == "none":
+        reasons.append(
+            f"states: one per request, so that mamba_block_size is the longest sequence, {request.max_model_len}."
+        )
+        return request.max_model_len
+    if request.mamba_block_size is not None:
+        reasons.append(
+            f"states: kept every {request.mamba_block_size} tokens as the user set, "
+            f"{request.mamba_block_size // block_size} blocks of {block_size}."
+        )
+        return request.mamba_block_size
+    reasons.append(f"states: kept at every block boundary, each {block_size} tokens.")
+    return block_size
+
+
+def _explain_pages(request: BlockSizeRequest, pages: UnifiedPages, block_size: int, reasons: list[str]) -> None:
+    state = largest_state(request.states)
+    if state is None or not request.attention:
+        return
+    if pages.mamba_page_size_padded is None:
+        reasons.append(
+            f"pages: the {state.kind} state of {pages.state_raw_bytes} bytes fills the attention page exactly."
+        )
+        return
+    padding = pages.page_bytes - pages.state_raw_bytes
+    reasons.append(
+        f"pages: {block_size} tokens x {pages.attention_bytes_per_token} bytes = {pages.attention_page_bytes} bytes; "
+        f"the {state.kind} state of {pages.state_raw_bytes} bytes is padded by {padding} "
+        f"({100 * padding / pages.state_raw_bytes:.2f} %)."
+    )
