@@ -9,7 +9,7 @@ TORCH_INDEX ?=
 ENGINE_TESTS ?= $(wildcard tests/test_engine*.py)
 
 BIN := $(VENV)/bin
-PIP_OPTIONS := --quiet --disable-pip-version-check $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX))
+PIP_OPTIONS := --quiet --quiet --disable-pip-version-check $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX))
 TYPING := .cache/typing
 
 .DEFAULT_GOAL := help

@@ -111,14 +111,60 @@ def plan(model: str, as_json: bool, explain: bool, **options: Any) -> None:
     if as_json:
         _print_json(decided)
         return
-    from rich.console import Console
+    from .report import make_console, plan_summary, reasons
 
-    from .report import plan_summary, print_to, reasons
-
-    console = Console()
-    print_to(console, plan_summary(decided))
+    console = make_console()
+    console.print(plan_summary(decided))
     if explain:
-        print_to(console, "", reasons(decided))
+        console.print("", reasons(decided))
+
+
+@cli.command()
+@click.argument("model", required=False)
+@click.option("--prompt", "-p", "prompts", multiple=True, help="Text to continue; may be given several times.")
+@click.option("--max-new-tokens", type=int, default=64, show_default=True, help="Tokens to generate per prompt.")
+@click.option("--temperature", type=float, default=0.0, show_default=True, help="0 takes the most likely token.")
+@click.option("--top-k", type=int, default=0, show_default=True, help="Draw from the k most likely; 0 takes all.")
+@click.option("--top-p", type=float, default=1.0, show_default=True, help="Draw from the smallest set this likely.")
+@click.option("--seed", type=int, help="The same seed draws the same tokens, whatever else runs.")
+@click.option("--platform", help="Platform to run on; the default is the best whose probe succeeds.")
+@click.option("--num-blocks", type=int, help="Blocks in the pool, instead of a memory budget.")
+@click.option("--max-num-seqs", type=int, help="Requests that run at the same time.")
+@click.option("--max-num-batched-tokens", type=int, help="Tokens of one step; longer prompts come in chunks.")
+@click.option("--explain/--no-explain", default=True, show_default=True, help="Print the reason of every decision.")
+@_DECISIONS
+@_JSON
+def launch(
+    model: str | None,
+    prompts: tuple[str, ...],
+    max_new_tokens: int,
+    temperature: float,
+    top_k: int,
+    top_p: float,
+    seed: int | None,
+    explain: bool,
+    as_json: bool,
+    **options: Any,
+) -> None:
+    """Run MODEL, a checkpoint directory, and continue each prompt.
+
+    Without MODEL, the small hybrid Mamba/attention model that comes with makeready runs.
+
+    \b
+    makeready launch
+    makeready launch ./checkpoint --prompt "Once upon a time" --prompt "The end" --max-new-tokens 32
+    makeready launch --num-blocks 12 --max-num-seqs 4 --backend reference --json
+    """
+    from .engines.transformers.records import SamplingParams
+    from .running import Launch, run
+
+    params = SamplingParams(
+        max_new_tokens=max_new_tokens, temperature=temperature, top_k=top_k, top_p=top_p, seed=seed
+    )
+    texts = prompts or ("A class definition",)
+    result = run(Launch(model=model, prompts=texts, params=params, explain=explain, quiet=as_json), _given(options))
+    if as_json:
+        _print_json(result)
 
 
 @cli.command()
@@ -132,11 +178,9 @@ def doctor(as_json: bool) -> None:
     if as_json:
         _print_json(report)
         return
-    from rich.console import Console
+    from .report import doctor_summary, make_console
 
-    from .report import doctor_summary, print_to
-
-    print_to(Console(), doctor_summary(report))
+    make_console().print(doctor_summary(report))
 
 
 def _given(options: dict[str, Any]) -> dict[str, Any]:

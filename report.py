@@ -6,11 +6,12 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from rich.console import Console, Group, RenderableType
-from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
 from .device import format_bytes
+
+PIPED_WIDTH = 140
 
 
 def plan_summary(plan: Mapping[str, Any]) -> RenderableType:
@@ -28,31 +29,55 @@ def plan_summary(plan: Mapping[str, Any]) -> RenderableType:
     return Group(*parts)
 
 
+def doctor_summary(report: Mapping[str, Any]) -> RenderableType:
+    """What is installed, probed, chosen or refused, and why."""
+    parts: list[RenderableType] = [
+        Text(f"makeready {report['makeready']}, Python {report['python']}, {report['system']}"),
+        Text(),
+        Text("platforms", style="bold"),
+    ]
+    for platform in report["platforms"]:
+        mark = "*" if platform["chosen"] else "+" if platform["available"] else "-"
+        wheel = platform["distribution"] or "no wheel installed: plans only"
+        parts.append(Text(f"{mark} {platform['name']} ({wheel})", style="green" if platform["available"] else ""))
+        parts.append(_bullet(platform["verdict"]))
+        parts += [
+            _bullet(f"backend {backend['name']}: {backend['reason']}", "+" if backend["available"] else "-")
+            for backend in platform["backends"]
+        ]
+    parts += [Text(), Text("auto takes " + str(report["auto"] or "nothing"), style="bold"), _bullet(report["auto_reason"])]
+    for title, sentences in (
+        ("plugins that are broken", [problem["sentence"] for problem in report["problems"]]),
+        ("plugins left out by MAKEREADY_DISABLE_PLUGINS", report["disabled"]),
+        ("mind", report["notes"]),
+    ):
+        if sentences:
+            parts += [Text(), Text(title, style="bold red"), *map(_bullet, sentences)]
+    software = ", ".join(f"{name} {version or 'not installed'}" for name, version in report["software"].items())
+    return Group(*parts, Text(), Text("software", style="bold"), _bullet(software))
+
+
 def reasons(plan: Mapping[str, Any]) -> RenderableType:
     """Every decision's reason, and every refusal, in the order in which they were made."""
     lines: list[RenderableType] = [Text("why", style="bold")]
-    lines += [_bullet(reason) for reason in plan.get("reasons", ())]
+    lines += [_bullet(reason) for reason in (*plan["reasons"], *plan.get("notes", ()))]
     refusals = plan.get("refusals", ())
     if refusals:
         lines += [Text("refused", style="bold")]
-        lines += [_bullet(_refusal_sentence(refusal)) for refusal in refusals]
+        lines += [_bullet(refusal) for refusal in refusals]
     return Group(*lines)
 
 
-def print_to(console: Console, *parts: RenderableType) -> None:
-    """Print each part; soft-wrapped, so that piped output keeps its lines whole."""
-    for part in parts:
-        console.print(part, soft_wrap=not console.is_terminal)
+def make_console(*, quiet: bool = False) -> Console:
+    """A console as wide as the terminal; output that is piped gets lines wide enough to read and to grep."""
+    console = Console(quiet=quiet, highlight=False)
+    return console if console.is_terminal else Console(quiet=quiet, highlight=False, width=PIPED_WIDTH)
 
 
-def _bullet(sentence: str) -> RenderableType:
-    return Padding(Text(f"- {sentence}"), (0, 0, 0, 2), expand=False)
-
-
-def _refusal_sentence(refusal: Any) -> str:
-    if isinstance(refusal, Mapping):
-        return f"{refusal.get('backend')}: {'; '.join(map(str, refusal.get('reasons', ())))}"
-    return str(refusal)
+def _bullet(sentence: str, mark: str = "-") -> RenderableType:
+    line = Table.grid(padding=(0, 1))
+    line.add_row(Text(f"  {mark}"), Text(sentence))
+    return line
 
 
 def _headline(plan: Mapping[str, Any]) -> Iterable[tuple[str, str]]:

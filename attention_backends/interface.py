@@ -95,14 +95,6 @@ class AttentionBackend(ABC):
         multiple = self.capabilities(device).kernel_block_multiple
         return -(-default // multiple) * multiple
 
-    def get_kernel_block_size(
-        self, device: DeviceFacts, block_size: int, config: AttentionConfig | None = None
-    ) -> int:
-        """The kernel block, in tokens, that this backend would choose for blocks of ``block_size``."""
-        capabilities = self.capabilities(device)
-        fitting = [size for size in capabilities.kernel_block_sizes if block_size % size == 0]
-        return max(fitting, default=block_size if capabilities.exact_block_sizes else capabilities.kernel_block_multiple)
-
     @abstractmethod
     def probe(self, device: DeviceFacts) -> Probe:
         """Whether what this backend needs is installed and loads. Never raises."""

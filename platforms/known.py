@@ -5,16 +5,16 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from types import MappingProxyType
 
-from .cpu import CpuPlatform
-from .cuda import CudaPlatform
+from .cpu import CPU
+from .cuda import CUDA
 from .interface import Platform
 from .provider import PlatformProvider
-from .xpu import XpuPlatform
+from .xpu import XPU
 
 
 def known_platforms() -> Mapping[str, Platform]:
     """Platforms by name, those of the package itself: ``cpu``, ``cuda`` and ``xpu``."""
-    return MappingProxyType({"cpu": CpuPlatform(), "cuda": CudaPlatform(), "xpu": XpuPlatform()})
+    return MappingProxyType({platform.name: platform for platform in (CPU, CUDA, XPU)})
 
 
 def plannable_platforms(providers: Iterable[PlatformProvider]) -> Mapping[str, Platform]:

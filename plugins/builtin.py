@@ -7,7 +7,7 @@ from ..attention_backends.flex import FlexBackend
 from ..attention_backends.interface import AttentionBackend
 from ..attention_backends.reference import ReferenceBackend
 from ..device import DeviceFacts
-from ..platforms.cpu import CpuPlatform
+from ..platforms.cpu import CPU
 from ..platforms.probing import probe_cpu
 from ..platforms.provider import PlatformProvider
 from .hookspecs import hookimpl
@@ -20,9 +20,7 @@ class CpuPlugin:
     def makeready_platforms(self) -> tuple[PlatformProvider, ...]:
         """This machine's CPU."""
         return (
-            PlatformProvider(
-                name="cpu", platform=CpuPlatform(), probe=probe_cpu, distribution="makeready"
-            ),
+            PlatformProvider(name="cpu", platform=CPU, probe=probe_cpu, distribution="makeready"),
         )
 
 

@@ -121,7 +121,8 @@ def examine(plugins: Plugins) -> DoctorReport:
     """Probe every platform and every backend that plugins brought. Nothing that is found raises."""
     probes, probe_problems = _probe_all(plugins.providers)
     auto, auto_reason, verdicts = _auto(plugins, probes, probe_problems)
-    platforms, backend_problems = [], []
+    platforms: list[PlatformReport] = []
+    backend_problems: list[PluginProblem] = []
     for provider in auto_order(plugins.providers):
         probe = probes[provider.name]
         backends, problems = _backends(plugins, provider, probe)

@@ -6,6 +6,7 @@ import random
 from dataclasses import dataclass
 
 import torch
+
 from makeready.attention_backends.metadata import StepMetadata
 
 

@@ -1,6 +1,7 @@
 import re
 
 import pytest
+
 from makeready.attention_backends.flash import FlashBackend, FlashProvider
 from makeready.attention_backends.flash.providers import LIBRARIES, Library, missing
 from makeready.attention_backends.interface import BuildRequest, Capabilities, Probe
@@ -20,9 +21,7 @@ class Invented(FlashProvider):
         self.available, self.error = available, error
 
     def probe(self, device):
-        return Probe(
-            available=self.available, reason="invented 1.0" if self.available else "no invented here"
-        )
+        return Probe(available=self.available, reason="invented 1.0" if self.available else "no invented here")
 
     def constraints(self, device):
         return Capabilities(

@@ -5,6 +5,8 @@ from functools import cache
 
 import pytest
 import torch
+from paged_cases import make_case, step_of
+
 from makeready.attention_backends.flex import FlexBackend
 from makeready.attention_backends.flex.impl import FlexAttention
 from makeready.attention_backends.flex.settings import flex_settings
@@ -14,7 +16,7 @@ from makeready.cache.specs import AttentionSpec
 from makeready.config import AttentionConfig
 from makeready.device import DeviceFacts
 from makeready.errors import BackendError
-from paged_cases import make_case, step_of
+from makeready.platforms.decision import kernel_block_size
 
 DEVICES = [
     "cpu",
@@ -39,7 +41,7 @@ def request(device="cpu", block_size=16, heads=(4, 2), head_size=16, dtype="floa
     )
     base = BuildRequest(
         device=facts, spec=spec, dtype=dtype, block_size=block_size,
-        kernel_block_size=FlexBackend().get_kernel_block_size(facts, block_size), num_blocks=96,
+        kernel_block_size=kernel_block_size(FlexBackend().capabilities(facts), block_size), num_blocks=96,
         max_num_seqs=8, max_num_batched_tokens=512, max_model_len=1056, config=AttentionConfig(),
     )  # fmt: skip
     return replace(base, **changes)
@@ -192,9 +194,7 @@ def test_views_that_are_not_one_run_of_tokens():
 
 
 def test_a_cache_beyond_the_address_range_is_refused_at_build():
-    with pytest.raises(
-        BackendError, match=r"spans 4294967296 elements, and flex on cuda addresses 2147483647"
-    ):
+    with pytest.raises(BackendError, match=r"spans 4294967296 elements, and flex on cuda addresses 2147483647"):
         flex_settings(
             request("cuda", 16, (8, 8), 128, num_blocks=131072),
             FlexBackend().capabilities(DeviceFacts(platform="cuda", device_type="cuda")),

@@ -5,15 +5,17 @@ from dataclasses import replace
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
 from makeready.attention_backends.flex import FlexBackend
 from makeready.attention_backends.flex.kernel_options import kernel_options
 from makeready.attention_backends.flex.rows import Row, split_rows, visited_blocks
-from makeready.attention_backends.flex.settings import flex_settings, largest_kernel_block
+from makeready.attention_backends.flex.settings import flex_settings
 from makeready.attention_backends.interface import BuildRequest
 from makeready.cache.specs import AttentionSpec
 from makeready.config import AttentionConfig
 from makeready.device import DeviceFacts
 from makeready.errors import BackendError
+from makeready.platforms.decision import kernel_block_size
 
 CPU, CUDA = (DeviceFacts(platform=name, device_type=name) for name in ("cpu", "cuda"))
 
@@ -82,15 +84,13 @@ def test_visited_blocks_are_those_with_a_visible_key(count, position, after, blo
     [(16, 16), (528, 16), (1040, 16), (1568, 32), (2096, 16), (2112, 64), (912, 16), (1024, 128), (48, 16)],
 )
 def test_kernel_blocks_divide_any_block_of_the_planner(block_size, kernel_block):
-    assert largest_kernel_block(block_size) == kernel_block
-    assert FlexBackend().get_kernel_block_size(CUDA, block_size) == kernel_block
+    assert kernel_block_size(FlexBackend().capabilities(CUDA), block_size) == kernel_block
 
 
 def test_settings_of_the_user_are_respected():
     config = AttentionConfig(
         flex_attn_q_block_size=64, flex_attn_kv_block_size=32, flex_attn_block_m=32, flex_attn_block_n=16
     )
-    assert FlexBackend().get_kernel_block_size(CUDA, 1568, config) == 32
     resolved = resolve(CUDA, config, block_size=1568)
     assert (resolved.kernel_block_size, resolved.mask_query_block) == (32, 64)
     assert resolved.row_lengths == (1, 16, 64)
@@ -102,7 +102,7 @@ def test_settings_of_the_user_are_respected():
 @pytest.mark.parametrize(
     ("device", "config", "message"),
     [
-        (CPU, AttentionConfig(flex_attn_kv_block_size=32), "32 does not divide the block size 528"),
+        (CPU, AttentionConfig(flex_attn_kv_block_size=32), "32 does not divide the block size 528; what does: 16"),
         (CPU, AttentionConfig(flex_attn_block_m=64), "flex_attn_block_m 64 cannot be respected on CPU"),
         (CUDA, AttentionConfig(flex_attn_block_n=32), "flex_attn_block_n 32 .* divide the KV block 16"),
         (CUDA, AttentionConfig(flex_attn_kv_block_size=8), "8 is not a power of two of at least 16"),

@@ -1,11 +1,12 @@
 import pytest
 import torch
+from paged_cases import make_case
+
 from makeready.attention_backends.interface import AttentionCall
 from makeready.attention_backends.reference import ReferenceBackend
 from makeready.attention_backends.reference.impl import ReferenceAttention
 from makeready.config import LAYOUTS
 from makeready.device import DeviceFacts
-from paged_cases import make_case
 
 SEQ_LENS, Q_LENS = [1, 37, 48, 70], [1, 5, 48, 1]
 DEVICE = DeviceFacts(platform="cpu", device_type="cpu")
@@ -33,9 +34,7 @@ def dense(case, call):
         if call.sinks is not None:  # one more key with this logit and a value of zero
             logits = torch.cat([logits, call.sinks.double()[:, None, None].expand(-1, q_len, 1)], -1)
             k, v = (torch.cat([x, torch.zeros_like(x[:, :1])], 1) for x in (k, v))
-        out = torch.nn.functional.scaled_dot_product_attention(
-            torch.zeros_like(q), k, v, attn_mask=logits, scale=1.0
-        )
+        out = torch.nn.functional.scaled_dot_product_attention(torch.zeros_like(q), k, v, attn_mask=logits, scale=1.0)
         parts.append(out.transpose(0, 1))
         start += q_len
     return torch.cat(parts)

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from importlib.util import find_spec
 
-from ...config import DTYPES, LAYOUTS, AttentionConfig
+from ...config import DTYPES, LAYOUTS
 from ...device import DeviceFacts
 from ..interface import AttentionBackend, AttentionImpl, BuildRequest, Capabilities, Probe
-from .settings import flex_settings, largest_kernel_block
+from .settings import KERNEL_BLOCKS, flex_settings
 
 DEVICE_TYPES = ("cpu", "cuda", "xpu", "hpu", "mps")
 """What torch's flex_attention accepts; any other device is refused there by name."""
@@ -31,6 +31,7 @@ class FlexBackend(AttentionBackend):
             kv_cache_dtypes=dtypes,
             same_kv_dtype=True,
             kernel_block_multiple=16,
+            kernel_block_sizes=KERNEL_BLOCKS,
             # Triton's matrix products want at least 16 columns, and tiles that fit in shared memory.
             head_size_multiple=1 if cpu else 16,
             max_head_size=1 << 30 if cpu else 256,
@@ -44,13 +45,6 @@ class FlexBackend(AttentionBackend):
             reads_unwritten_slots=True,
             max_view_elements=None if cpu or _indexes_in_64_bits(device) else INT32_ELEMENTS,
         )
-
-    def get_kernel_block_size(
-        self, device: DeviceFacts, block_size: int, config: AttentionConfig | None = None
-    ) -> int:
-        """``flex_attn_kv_block_size`` if set, else the largest power of two up to 128 in the block."""
-        wanted = config.flex_attn_kv_block_size if config is not None else None
-        return wanted if wanted is not None else largest_kernel_block(block_size)
 
     def probe(self, device: DeviceFacts) -> Probe:
         """Torch, a device type that flex_attention accepts, and the compiler that its templates need."""
@@ -87,9 +81,7 @@ def _probe_cpu() -> Probe:
         compiler = get_cpp_compiler()
     except Exception as error:  # a broken installation or a missing compiler is an answer, not a crash
         return _no(f"flex on CPU cannot compile: {error} (install g++)")
-    return Probe(
-        available=True, reason=f"flex_attention of torch {torch.__version__} with {isa} and {compiler}"
-    )
+    return Probe(available=True, reason=f"flex_attention of torch {torch.__version__} with {isa} and {compiler}")
 
 
 def _probe_triton(device: DeviceFacts) -> Probe:

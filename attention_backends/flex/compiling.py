@@ -33,9 +33,7 @@ class CompiledFlex:
         self._limit = variant_limit
         # Torch keeps compiled variants on the code object; a code object of its own keeps backends apart.
         own = FunctionType(_attend.__code__.replace(), _attend.__globals__, "flex_attend")
-        self._call: Callable[..., Any] = torch.compile(
-            own, backend=self._compile, dynamic=False, fullgraph=True
-        )
+        self._call: Callable[..., Any] = torch.compile(own, backend=self._compile, dynamic=False, fullgraph=True)
 
     def __call__(
         self,

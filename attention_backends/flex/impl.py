@@ -155,9 +155,7 @@ class FlexAttention(AttentionImpl):
             (settings.mask_query_block, settings.kernel_block_size),
             soft_cap_modifier(call.soft_cap) if call.soft_cap is not None else None,
             call.scale,
-            kernel_options(
-                settings, length, num_heads // cache.key.shape[1], head_size, query.element_size()
-            ),
+            kernel_options(settings, length, num_heads // cache.key.shape[1], head_size, query.element_size()),
             call.sinks is not None,
         )
         if call.sinks is not None and lse is not None:
@@ -182,9 +180,7 @@ def _group_tensors(group: RowGroup, settings: FlexSettings, device: torch.device
     return GroupTensors(group, settings.batch_rows(len(group.rows)), both[0], both[1])
 
 
-def _lay_out(
-    parts: Sequence[torch.Tensor], counts: Sequence[int], num_blocks: int, size: int
-) -> torch.Tensor:
+def _lay_out(parts: Sequence[torch.Tensor], counts: Sequence[int], num_blocks: int, size: int) -> torch.Tensor:
     """Parts (seq_len, Hk, D), each from a block's start, as (1, Hk, num_blocks * size, D); else zero."""
     flat = parts[0].new_zeros(num_blocks * size, *parts[0].shape[1:])
     start = 0

@@ -142,9 +142,7 @@ def _mask(
 def soft_cap_modifier(soft_cap: float) -> Modifier:
     """Scores squeezed into ``(-soft_cap, soft_cap)``."""
 
-    def cap(
-        score: torch.Tensor, b: torch.Tensor, h: torch.Tensor, q: torch.Tensor, kv: torch.Tensor
-    ) -> torch.Tensor:
+    def cap(score: torch.Tensor, b: torch.Tensor, h: torch.Tensor, q: torch.Tensor, kv: torch.Tensor) -> torch.Tensor:
         return soft_cap * torch.tanh(score / soft_cap)
 
     return cap

@@ -41,9 +41,7 @@ class BlockRange:
     end: int
 
 
-def split_rows(
-    query_lens: Sequence[int], seq_lens: Sequence[int], row_lengths: Sequence[int]
-) -> tuple[RowGroup, ...]:
+def split_rows(query_lens: Sequence[int], seq_lens: Sequence[int], row_lengths: Sequence[int]) -> tuple[RowGroup, ...]:
     """Rows of a step: single tokens in one group, longer queries in another whose length fits the longest."""
     singles: list[tuple[int, int, int, int]] = []
     longer: list[tuple[int, int, int, int]] = []

@@ -8,6 +8,8 @@ from ...device import DeviceFacts
 from ...errors import BackendError
 from ..interface import BuildRequest, Capabilities
 
+KERNEL_BLOCKS = (16, 32, 64, 128)
+"""KV blocks to choose from: the planner takes the largest that divides the block. Powers of two, as Triton asks."""
 MASK_QUERY_BLOCK = 128
 SHORT_ROW = 16
 """Query rows of a draft to verify or a short prompt, padded to this length."""
@@ -48,18 +50,13 @@ class FlexSettings:
         return self.device.device_type == "cpu"
 
 
-def largest_kernel_block(block_size: int, limit: int = 128) -> int:
-    """The largest power of two up to ``limit`` that divides ``block_size``."""
-    return min(limit, block_size & -block_size)
-
-
 def flex_settings(request: BuildRequest, capabilities: Capabilities) -> FlexSettings:
     """The settings of a build.
 
     :raises BackendError: when a block, a tile, a dtype or the cache's size is outside what flex can serve.
     """
     on_cpu = request.device.device_type == "cpu"
-    kernel_block = _kernel_block(request, capabilities)
+    kernel_block = _kernel_block(request)
     query_block = request.config.flex_attn_q_block_size or MASK_QUERY_BLOCK
     _check_dtypes(request, capabilities)
     _check_tiles(request, kernel_block, query_block, on_cpu)
@@ -81,27 +78,26 @@ def flex_settings(request: BuildRequest, capabilities: Capabilities) -> FlexSett
     )
 
 
-def _kernel_block(request: BuildRequest, capabilities: Capabilities) -> int:
+def _kernel_block(request: BuildRequest) -> int:
     """The user's KV block where given, else the planner's; it divides the block."""
     wanted = request.config.flex_attn_kv_block_size
     size = wanted or request.kernel_block_size
     option = "flex_attn_kv_block_size" if wanted else "kernel_block_size"
+    fitting = [block for block in KERNEL_BLOCKS if request.block_size % block == 0]
     if request.block_size % size:
         raise BackendError(
             f"{option} {size} does not divide the block size {request.block_size}; "
-            f"the largest that does is {largest_kernel_block(request.block_size)}",
+            f"what does: {', '.join(map(str, fitting)) or 'none of ' + str(KERNEL_BLOCKS)}",
             option=option,
             value=size,
-            expected=largest_kernel_block(request.block_size),
+            expected=fitting,
         )
-    multiple = 1 if request.device.device_type == "cpu" else capabilities.kernel_block_multiple
-    if size % multiple or (multiple > 1 and size & (size - 1)):
+    if size < KERNEL_BLOCKS[0] or size & (size - 1):
         raise BackendError(
-            f"{option} {size} is not a power of two of at least {multiple}, "
-            f"which torch's kernels on {request.device.device_type} need",
+            f"{option} {size} is not a power of two of at least {KERNEL_BLOCKS[0]}, which flex's kernels need",
             option=option,
             value=size,
-            expected=f"a power of two >= {multiple}",
+            expected=fitting,
         )
     return size
 
@@ -123,8 +119,7 @@ def _check_dtypes(request: BuildRequest, capabilities: Capabilities) -> None:
         )
     if request.spec.dtype != request.dtype:
         raise BackendError(
-            f"flex needs K and V in the queries' dtype {request.dtype}, and the cache holds "
-            f"{request.spec.dtype}",
+            f"flex needs K and V in the queries' dtype {request.dtype}, and the cache holds {request.spec.dtype}",
             option="kv_cache_dtype",
             value=request.spec.dtype,
             expected=request.dtype,

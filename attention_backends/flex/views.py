@@ -44,8 +44,7 @@ def flatten(
         )
     if strides[0] % kernel_block:
         raise BackendError(
-            f"blocks of this layer are {strides[0]} tokens apart, which kernel blocks of {kernel_block} "
-            "do not divide",
+            f"blocks of this layer are {strides[0]} tokens apart, which kernel blocks of {kernel_block} do not divide",
             option="layout",
         )
     tokens = (num_blocks - 1) * strides[0] + block_size
@@ -75,8 +74,7 @@ def _flat(cache: torch.Tensor, tokens: int, max_elements: int | None) -> torch.T
     span = (tokens - 1) * token + (num_heads - 1) * head + size
     if max_elements is not None and span > max_elements:
         raise BackendError(
-            f"the view of this layer spans {span} elements, and flex on {cache.device.type} addresses "
-            f"{max_elements}",
+            f"the view of this layer spans {span} elements, and flex on {cache.device.type} addresses {max_elements}",
             option="num_blocks",
             value=cache.shape[0],
         )

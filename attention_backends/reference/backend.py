@@ -32,9 +32,7 @@ class ReferenceBackend(AttentionBackend):
     def probe(self, device: DeviceFacts) -> Probe:
         """Torch is all that it takes."""
         if find_spec("torch") is None:
-            return Probe(
-                available=False, reason="reference needs torch, which is not installed: pip install torch"
-            )
+            return Probe(available=False, reason="reference needs torch, which is not installed: pip install torch")
         return Probe(available=True, reason="reference runs on every device that torch knows")
 
     def build(self, request: BuildRequest) -> AttentionImpl:

@@ -128,10 +128,13 @@ class TransformersEngine:
         prompts: Sequence[Prompt],
         params: SamplingParams | Sequence[SamplingParams] | None = None,
         on_progress: Callable[[Progress], None] | None = None,
+        on_output: Callable[[Output], None] | None = None,
     ) -> list[Completion]:
         """Finish ``prompts`` and return them in order; other requests of this engine move on meanwhile.
 
         :param params: one for all, or one per prompt.
+        :param on_progress: called after every step.
+        :param on_output: called with each output of these prompts as it comes.
         :raises RequestError: as :meth:`add_request`; nothing of this call stays queued then.
         """
         ids: list[str] = []
@@ -143,6 +146,8 @@ class TransformersEngine:
                 entries.append(self._entries[ids[-1]])
             while len(reasons) < len(ids):
                 for output in self._step_for(frozenset(ids)):
+                    if on_output:
+                        on_output(output)
                     if output.finish_reason:
                         reasons[output.request_id] = output.finish_reason
                 if on_progress:

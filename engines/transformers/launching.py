@@ -29,3 +29,10 @@ def open_engine(ready: Ready, on_progress: OnProgress | None = None) -> Transfor
     place = ready.cache.buffer.device
     loaded, tokenizer = load_model(model, ready.plan.model.dtype, place, on_progress)
     return TransformersEngine(loaded, tokenizer, ready)
+
+
+def silence() -> None:
+    """Keep transformers' warnings off the terminal, for a command whose output is the generated text."""
+    from transformers.utils import logging
+
+    logging.set_verbosity_error()  # type: ignore[no-untyped-call]
