@@ -10,6 +10,7 @@ from typing import Any, Literal, TypeVar
 from .errors import ConfigError
 
 MambaCacheMode = Literal["none", "align", "all"]
+PAGE_STRATEGIES: tuple[str, ...] = ("unified", "subdivided")
 MAMBA_CACHE_MODES: tuple[str, ...] = ("none", "align", "all")
 DTYPES: tuple[str, ...] = ("float32", "bfloat16", "float16")
 KV_CACHE_DTYPES: tuple[str, ...] = (
@@ -48,6 +49,11 @@ class CacheConfig:
         None, "KV block size; checked and kept when given, else found in two phases", "tokens"
     )
     kv_cache_dtype: str = setting("auto", "dtype of K and V; auto takes the model's")
+    page_strategy: str = setting(
+        "auto",
+        "how states and attention share the pool: unified (a block grows until it holds a state), subdivided (blocks "
+        "stay small, states take runs of them), or auto, the one of those that the engine has which wastes less",
+    )
     layout: str = setting("auto", "physical order: NHD, HND, cross_layer_NHD or cross_layer_HND")
     memory_bytes: int | None = setting(None, "memory for the cache; None derives it", "bytes")
     memory_fraction: float = setting(
@@ -163,6 +169,7 @@ class EngineConfig:
             _require_positive(option, value)
         _require_one_of("dtype", self.model.dtype, ("auto", *DTYPES))
         _require_one_of("kv_cache_dtype", cache.kv_cache_dtype, KV_CACHE_DTYPES)
+        _require_one_of("page_strategy", cache.page_strategy, ("auto", *PAGE_STRATEGIES))
         _require_one_of("layout", cache.layout, ("auto", *LAYOUTS))
         _require_one_of("mamba_cache_mode", cache.mamba_cache_mode, MAMBA_CACHE_MODES)
         _require_one_of("mamba_cache_dtype", cache.mamba_cache_dtype, ("auto", *DTYPES))

@@ -6,11 +6,14 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from ..cache.capacity import Capacity
-from ..cache.specs import LayerGroup, MambaSpec
+from ..cache.layout import CacheLayout, Layout
+from ..cache.specs import AttentionSpec, LayerGroup, MambaSpec
+from ..cache.subdivided_layout import SubdividedLayout
 from ..device import format_bytes
 from ..hybrid.model_specs import ModelSpec
 from ..hybrid.page_alignment import largest_state
 from .decision import BlockSizeDecision
+from .page_strategies import PageStrategy
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -32,6 +35,7 @@ class Plan:
     model: ModelSpec
     platform: str
     decision: BlockSizeDecision
+    strategy: PageStrategy
     groups: tuple[LayerGroup, ...]
     layers: tuple[PlannedLayer, ...]
     slots_per_block: int
@@ -60,6 +64,29 @@ class Plan:
         raw = self.decision.state_raw_bytes
         return round(100 * (self.decision.state_page_bytes - raw) / raw, 6) if raw else None
 
+    def layout(self, order: str, num_blocks: int) -> Layout:
+        """Where everything lies in a pool of ``num_blocks`` blocks.
+
+        :param order: one of ``config.LAYOUTS``.
+        :raises ConfigError: for an order in which these pages cannot lie.
+        """
+        if self.strategy.name == "subdivided":
+            return SubdividedLayout(
+                order=order,
+                num_blocks=num_blocks,
+                block_size=self.block_size,
+                shape=self.strategy.shape,
+                groups=self.groups,
+            )
+        return CacheLayout(
+            order=order,
+            num_blocks=num_blocks,
+            slots_per_block=self.slots_per_block,
+            page_size_bytes=self.page_bytes,
+            block_size=self.block_size,
+            groups=self.groups,
+        )
+
     def to_dict(self) -> dict[str, object]:
         """The plan as JSON-ready values. Keys stay; new ones may come."""
         model, decision = self.model, self.decision
@@ -84,6 +111,7 @@ class Plan:
             "mamba_block_size": decision.mamba_block_size,
             "mamba_cache_mode": decision.mamba_cache_mode,
             "page_bytes": decision.page_bytes,
+            **self.strategy.to_dict(),
             "pages_equal": self._pages_equal(),
             "slots_per_block": self.slots_per_block,
             "pool_bytes_per_block": self.pool_bytes_per_block,

@@ -8,7 +8,6 @@ from types import MappingProxyType
 from typing import TYPE_CHECKING
 
 from ..attention_backends.interface import AttentionBackend, BuildRequest
-from ..cache.layout import CacheLayout
 from ..cache.specs import AttentionSpec, LayerGroup, LayerSpec
 from ..config import LAYOUTS, EngineConfig
 from ..device import DeviceFacts, format_bytes
@@ -18,6 +17,7 @@ from .plan import Plan
 if TYPE_CHECKING:
     from ..attention_backends.interface import AttentionImpl
     from ..cache.allocation import KVCache
+    from ..cache.layout import Layout
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -88,15 +88,9 @@ def make_ready(
             value=None,
             expected="a size such as 8GiB",
         )
-    order, why = choose_layout(config.cache.layout, backends, device)
-    layout = CacheLayout(
-        order=order,
-        num_blocks=plan.capacity.num_blocks,
-        slots_per_block=plan.slots_per_block,
-        page_size_bytes=plan.page_bytes,
-        block_size=plan.block_size,
-        groups=plan.groups,
-    )
+    several = plan.strategy.name == "subdivided" and plan.strategy.attention_group_width > 1
+    order, why = choose_layout(config.cache.layout, backends, device, block_major=several)
+    layout = plan.layout(order, plan.capacity.num_blocks)
     place = device.device_type if device.device_type == "cpu" else f"{device.device_type}:{device.index}"
     attention = _build(config, plan, layout, backends, device)
     cache = allocate(layout, torch.device(place))
@@ -112,10 +106,11 @@ def make_ready(
 
 
 def choose_layout(
-    asked: str, backends: Mapping[int, AttentionBackend], device: DeviceFacts
+    asked: str, backends: Mapping[int, AttentionBackend], device: DeviceFacts, *, block_major: bool = False
 ) -> tuple[str, str]:
     """The physical order of the pages, and why: as asked, or the first that every backend can read.
 
+    :param block_major: only orders that keep a block's pages together: subdivided blocks of several layers.
     :raises BackendError: naming the backend that cannot read it, and what it can.
     """
     readable = {b.name: b.capabilities(device).layouts for b in dict.fromkeys(backends.values())}
@@ -130,6 +125,8 @@ def choose_layout(
                 )
         return asked, f"layout: {asked}, as asked."
     wished = next(iter(readable.values()), LAYOUTS)
+    if block_major:
+        wished = tuple(order for order in wished if order.startswith("cross_layer_"))
     order = next((order for order in wished if all(order in orders for orders in readable.values())), None)
     if order is None:
         said = "; ".join(f"{name} reads {', '.join(orders)}" for name, orders in readable.items())
@@ -142,7 +139,7 @@ def choose_layout(
 def _build(
     config: EngineConfig,
     plan: Plan,
-    layout: CacheLayout,
+    layout: Layout,
     backends: Mapping[int, AttentionBackend],
     device: DeviceFacts,
 ) -> dict[int, AttentionImpl]:
