@@ -14,8 +14,8 @@ class FreeQueue(Protocol):
     def __contains__(self, block_id: object) -> bool: ...
     def __iter__(self) -> Iterator[int]: ...
 
-    def take(self) -> int:
-        """Take out the id that comes next; there must be one."""
+    def take(self, count: int) -> list[int]:
+        """Take out the ``count`` ids that come next; there must be that many."""
 
     def add(self, block_id: int) -> None:
         """Put in an id that nobody holds any more."""
@@ -30,9 +30,9 @@ class FreeQueue(Protocol):
 class LeastRecentlyUsed(OrderedDict[int, None]):
     """Every id by itself; the one that has been free for longest comes next."""
 
-    def take(self) -> int:
-        """Take out the id that has been free for longest."""
-        return self.popitem(last=False)[0]
+    def take(self, count: int) -> list[int]:
+        """Take out the ids that have been free for longest."""
+        return [self.popitem(last=False)[0] for _ in range(count)]
 
     def add(self, block_id: int) -> None:
         """Put ``block_id`` last."""
@@ -81,6 +81,11 @@ class CarvedPages:
         return self._num_open
 
     @property
+    def num_kept(self) -> int:
+        """Free ids in pages that are never whole."""
+        return sum(len(self._open.get(page, ())) for page in self._kept)
+
+    @property
     def carved(self) -> frozenset[int]:
         """Pages that this queue has carved, or that are never whole."""
         return frozenset(self._carved)
@@ -100,12 +105,16 @@ class CarvedPages:
         for page in self._whole:
             yield from range(page * self._parts, (page + 1) * self._parts)
 
-    def take(self) -> int:
-        """The part that has been free for longest of the fullest page; a new page only where none is open."""
-        page = min(self._open, key=self._fullness) if self._open else self._carve(next(iter(self._whole)))
-        block_id, _ = self._open[page].popitem(last=False)
-        self._taken(page)
-        return block_id
+    def take(self, count: int) -> list[int]:
+        """Parts of the fullest page, the longest free first; a new page only where none is open."""
+        taken: list[int] = []
+        while len(taken) < count:
+            page = min(self._open, key=self._fullness) if self._open else self._carve(next(iter(self._whole)))
+            ids = self._open[page]
+            number = min(count - len(taken), len(ids))
+            taken += [ids.popitem(last=False)[0] for _ in range(number)]
+            self._taken(page, number)
+        return taken
 
     def add(self, block_id: int) -> None:
         """Put ``block_id`` back; its page as a whole if that was its last part."""
@@ -127,7 +136,7 @@ class CarvedPages:
         if page in self._whole:
             self._carve(page)
         del self._open[page][block_id]
-        self._taken(page)
+        self._taken(page, 1)
 
     def is_lent(self, block_id: int) -> bool:
         """Whether another queue has carved the page of ``block_id``."""
@@ -146,7 +155,7 @@ class CarvedPages:
         self._num_open += self._parts
         return page
 
-    def _taken(self, page: int) -> None:
-        self._num_open -= 1
+    def _taken(self, page: int, count: int) -> None:
+        self._num_open -= count
         if not self._open[page]:
             del self._open[page]

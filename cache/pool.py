@@ -72,7 +72,12 @@ class BlockPool:
                 value=count,
                 expected=f"<= {self.num_free}",
             )
-        return [self._hand_out(owner) for _ in range(count)]
+        block_ids = self._free.take(count)
+        self.overwrite(block_ids)
+        held_by = (owner,)
+        for block_id in block_ids:
+            self._owners[block_id] = held_by
+        return block_ids
 
     def touch(self, block_ids: Sequence[int], owner: str) -> None:
         """Let ``owner`` share ``block_ids``: held blocks, or cached free ones, which then are free no more.
@@ -167,6 +172,7 @@ class BlockPool:
         """Forget what free blocks held: their memory serves something else from now on."""
         for block_id in block_ids:
             self._stamps[block_id] += 1
+        for block_id in block_ids if self._key_of_block else ():
             if block_id in self._key_of_block:
                 del self._block_of_key[self._key_of_block.pop(block_id)]
 
@@ -188,12 +194,6 @@ class BlockPool:
             raise IntegrityError("the free queue holds ids that are no blocks", value=self.num_free)
         if {block: key for key, block in self._block_of_key.items()} != self._key_of_block:
             raise IntegrityError("keys and blocks do not lead to each other", value=len(self._block_of_key))
-
-    def _hand_out(self, owner: str) -> int:
-        block_id = self._free.take()
-        self.overwrite((block_id,))
-        self._owners[block_id] = (owner,)
-        return block_id
 
     def _check_ids(self, block_ids: Sequence[int], owner: str) -> None:
         for block_id in block_ids:

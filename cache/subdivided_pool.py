@@ -64,6 +64,11 @@ class SubdividedPool:
         """Pages that are free as a whole: the next states' or, carved, attention's."""
         return len(self._whole)
 
+    @property
+    def num_free_in_carved_pages(self) -> int:
+        """Blocks that nobody holds and that no state can take, since others hold parts of their page."""
+        return self._block_queue.num_open - self._block_queue.num_kept
+
     def blocks(self, need: Mapping[int, int]) -> int:
         """Blocks of the pool that ``need`` takes away from others, if no page is open yet."""
         return self.shape.blocks(*self._sides(need))

@@ -110,9 +110,15 @@ def choose_strategy(
     out_of_reach = _out_of_reach(model, backends.values(), memory_bytes)
     if out_of_reach:
         return _said(unified, f"page strategy: unified, since {out_of_reach}; it {_against(unified, subdivided)}.")
-    gain = unified.strategy.waste_estimate - subdivided.strategy.waste_estimate
-    best, worse = (subdivided, unified) if gain > CLOSE else (unified, subdivided)
+    best = less_wasteful(unified, subdivided)
+    worse = unified if best is subdivided else subdivided
     return _said(best, f"page strategy: {best.strategy.name}, by auto; it {_against(best, worse)}.")
+
+
+def less_wasteful(unified: StrategyPlan, subdivided: StrategyPlan) -> StrategyPlan:
+    """What ``auto`` takes where the engine has both."""
+    gain = unified.strategy.waste_estimate - subdivided.strategy.waste_estimate
+    return subdivided if gain > CLOSE else unified
 
 
 def plan_unified(
