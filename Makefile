@@ -4,16 +4,17 @@
 PYTHON ?= python3
 VENV ?= .venv
 OLDEST ?= .venv-5.17
+IPEX ?= .venv-ipex
 ARGS ?=
 TORCH_INDEX ?=
-ENGINE_TESTS ?= $(wildcard tests/test_engine*.py)
+ENGINE_TESTS ?= $(wildcard tests/test_engine*.py tests/test_state_shapes.py)
 
 BIN := $(VENV)/bin
 PIP_OPTIONS := --quiet --quiet --disable-pip-version-check $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX))
 TYPING := .cache/typing
 
 .DEFAULT_GOAL := help
-.PHONY: help launch test test-oldest lint wheel-check clean
+.PHONY: help launch test test-oldest test-ipex lint wheel-check clean
 
 help:  ## show the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -27,6 +28,9 @@ test: $(VENV)/.dev  ## run the whole test-suite
 test-oldest: $(OLDEST)/.dev  ## run the engine's tests with the oldest transformers that is served
 	$(OLDEST)/bin/python -m pytest $(ENGINE_TESTS) $(ARGS)
 
+test-ipex: $(IPEX)/.dev $(TYPING)/makeready  ## run the tests of Intel's extension, in an environment of its own (1 GB to fetch)
+	PYTHONPATH=$(TYPING) $(IPEX)/bin/python -m pytest $(wildcard tests/test_flash_ipex*.py) $(ARGS)
+
 lint: $(VENV)/.dev $(TYPING)/makeready  ## ruff, mypy --strict and the import contracts
 	$(BIN)/ruff check .
 	MYPYPATH=$(TYPING) $(BIN)/mypy --strict -p makeready
@@ -36,7 +40,7 @@ wheel-check: $(VENV)/.dev  ## build a wheel from the committed tree and use it i
 	tests/wheel_check.sh $(BIN)/python
 
 clean:  ## remove the environments and caches
-	rm -rf $(VENV) $(OLDEST) .cache build dist *.egg-info
+	rm -rf $(VENV) $(OLDEST) $(IPEX) .cache build dist *.egg-info
 
 # pip's own copy is enough to install, but wheels are built by the setuptools that constraints.txt names.
 $(VENV)/.engine: pyproject.toml constraints.txt
@@ -54,6 +58,11 @@ $(OLDEST)/.dev: pyproject.toml constraints-oldest.txt
 	@echo "installing makeready with the oldest transformers into $(OLDEST) (this is done once) ..."
 	@test -x $(OLDEST)/bin/python || $(PYTHON) -m venv $(OLDEST)
 	@$(OLDEST)/bin/python -m pip install $(PIP_OPTIONS) -e '.[engine]' pytest hypothesis -c constraints-oldest.txt
+	@touch $@
+
+$(IPEX)/.dev: tests/ipex_environment.py
+	@echo "installing Intel's extension for PyTorch into $(IPEX) (this is done once) ..."
+	@$(PYTHON) tests/ipex_environment.py $(IPEX)
 	@touch $@
 
 # The repository root is the package, so the type checker and the import linter see it under its name by a link.

@@ -16,14 +16,9 @@ from .errors import MakereadyError
 Decorator = Callable[[Callable[..., Any]], Callable[..., Any]]
 
 
-class ByteSize(click.ParamType):
-    """An option that takes ``80GiB``, ``512MB`` or plain bytes."""
-
-    name = "size"
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
-        """Bytes, as an int."""
-        return parse_bytes(value, option=param.opts[0] if param else "memory")
+def _size(_: click.Context, option: click.Parameter, value: str | None) -> int | None:
+    """Bytes of an option that takes ``80GiB``, ``512MB`` or plain bytes."""
+    return None if value is None else parse_bytes(value, option=option.opts[0])
 
 
 def _options(*decorators: Decorator) -> Decorator:
@@ -62,7 +57,7 @@ _DECISIONS = _options(
     click.option("--mamba-ssm-cache-dtype", default="auto", show_default=True, help="Dtype of recurrent states."),
     click.option("--dtype", default="auto", show_default=True, help="Dtype of weights and activations."),
     click.option("--max-model-len", type=int, help="Longest sequence, prompt and output together, in tokens."),
-    click.option("--memory", "memory_bytes", type=ByteSize(), help="Memory for the cache, such as 80GiB."),
+    click.option("--memory", "memory_bytes", callback=_size, help="Memory for the cache, such as 80GiB."),
 )
 
 
@@ -79,11 +74,12 @@ def cli() -> None:
 
 
 @cli.command()
-@click.argument("model")
+@click.argument("model", required=False)
+@click.option("--list", "list_presets", is_flag=True, help="Print the names of the presets and stop.")
 @click.option("--platform", help="Platform to plan for: cpu, cuda, xpu or a plugin's. It need not be here.")
 @click.option("--tensor-parallel-size", "--tp", type=int, default=1, show_default=True, help="Ranks per layer.")
 @click.option("--num-speculative-tokens", type=int, default=0, show_default=True, help="Draft tokens per step.")
-@click.option("--device-memory", "device_memory_bytes", type=ByteSize(), help="Total memory of the device.")
+@click.option("--device-memory", "device_memory_bytes", callback=_size, help="Total memory of the device.")
 @click.option(
     "--engine",
     default="vllm",
@@ -93,10 +89,10 @@ def cli() -> None:
 @click.option("--explain", is_flag=True, help="Add the reason of every decision.")
 @_DECISIONS
 @_JSON
-def plan(model: str, as_json: bool, explain: bool, **options: Any) -> None:
+def plan(model: str | None, list_presets: bool, as_json: bool, explain: bool, **options: Any) -> None:
     """Decide backends, block size, pages and capacity for MODEL, without the device.
 
-    MODEL is a preset name (`makeready plan list` prints them), a checkpoint directory or a config.json.
+    MODEL is a preset name (--list prints them), a checkpoint directory or a config.json.
 
     \b
     makeready plan nvidia/NVIDIA-Nemotron-3-Nano-30B-A3B-BF16 --platform xpu --memory 40GiB
@@ -104,9 +100,11 @@ def plan(model: str, as_json: bool, explain: bool, **options: Any) -> None:
     """
     from .startup import plan as decide
 
-    if model == "list":
+    if list_presets:
         _list_presets(as_json)
         return
+    if model is None:
+        raise click.UsageError("Missing MODEL: a preset name (--list prints them), a directory or a config.json.")
     decided = decide(model, **_given(options)).to_dict()
     if as_json:
         _print_json(decided)

@@ -24,7 +24,7 @@ T = TypeVar("T")
 
 def setting(default: T, doc: str, unit: str = "") -> T:
     """A dataclass field with its documentation, which the reference page and ``--help`` print."""
-    return field(default=default, metadata={"doc": doc, "unit": unit})  # type: ignore[return-value]
+    return field(default=default, metadata={"doc": doc, "unit": unit})
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -139,8 +139,8 @@ class EngineConfig:
 
         :raises ConfigError: for an unknown name, naming the ones there are.
         """
-        parts = {part.name: part.default_factory for part in fields(cls)}
-        owners = {f.name: part for part, make in parts.items() for f in fields(make)}  # type: ignore[arg-type]
+        parts = {part.name: type(getattr(cls(), part.name)) for part in fields(cls)}
+        owners = {setting.name: part for part, record in parts.items() for setting in fields(record)}
         given: dict[str, dict[str, Any]] = {part: {} for part in parts}
         for name, value in options.items():
             if name not in owners:
@@ -151,7 +151,7 @@ class EngineConfig:
                     expected=sorted(owners),
                 )
             given[owners[name]][name] = value
-        return cls(**{part: make(**given[part]) for part, make in parts.items()}).validated()  # type: ignore[misc]
+        return cls(**{part: record(**given[part]) for part, record in parts.items()}).validated()
 
     def validated(self) -> EngineConfig:
         """This config, once every value is one that its setting can take."""

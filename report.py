@@ -45,7 +45,7 @@ def doctor_summary(report: Mapping[str, Any]) -> RenderableType:
             _bullet(f"backend {backend['name']}: {backend['reason']}", "+" if backend["available"] else "-")
             for backend in platform["backends"]
         ]
-    parts += [Text(), Text("auto takes " + str(report["auto"] or "nothing"), style="bold"), _bullet(report["auto_reason"])]
+    parts += [Text(), Text(f"auto takes {report['auto'] or 'nothing'}", style="bold"), _bullet(report["auto_reason"])]
     for title, sentences in (
         ("plugins that are broken", [problem["sentence"] for problem in report["problems"]]),
         ("plugins left out by MAKEREADY_DISABLE_PLUGINS", report["disabled"]),

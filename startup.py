@@ -45,18 +45,59 @@ class _Surroundings:
     refusals: tuple[str, ...]
 
 
-def plan(model: Model | EngineConfig, *, engine: str = "vllm", **options: Any) -> Plan:
-    """Decide platform, backends, block size, pages and capacity for a model, without the device.
+def plan(
+    model: Model | EngineConfig,
+    *,
+    platform: str | None = None,
+    backend: str | None = None,
+    tensor_parallel_size: int = 1,
+    dtype: str = "auto",
+    kv_cache_dtype: str = "auto",
+    block_size: int | None = None,
+    mamba_block_size: int | None = None,
+    mamba_cache_mode: str = "none",
+    mamba_cache_dtype: str = "auto",
+    mamba_ssm_cache_dtype: str = "auto",
+    num_speculative_tokens: int = 0,
+    max_model_len: int | None = None,
+    memory_bytes: int | None = None,
+    engine: str = "vllm",
+    **options: Any,
+) -> Plan:
+    """Decide backends, block size, pages and capacity for a model on a platform, without the device.
 
-    :param model: a preset name, a checkpoint directory, a config.json, or a dict with its content.
+    :param model: a preset name, a checkpoint directory, a config.json, a dict with its content, or an
+        :class:`EngineConfig`, which then says everything else as well.
+    :param platform: ``cpu``, ``cuda``, ``xpu`` or a plugin's; it need not be here.
+    :param backend: attention backend for every layer; ``None`` takes the platform's first that can serve.
+    :param tensor_parallel_size: ranks that share each layer; all sizes of the plan are per rank.
+    :param block_size: tokens of a block, checked and kept; ``None`` finds it in two phases.
+    :param mamba_block_size: tokens between kept states in modes ``align`` and ``all``; respected or refused.
+    :param max_model_len: longest sequence, in tokens; ``None`` takes the model's.
+    :param memory_bytes: memory of the cache on one rank, in bytes; ``None`` plans without capacity, or from
+        ``device_memory_bytes``.
     :param engine: whose states are stored: ``vllm`` (a convolution keeps its last K - 1 columns) or
         ``transformers`` (all K columns, recurrent states in float32).
-    :param options: ``platform`` and any other option of :class:`EngineConfig`'s parts, by its flat name:
-        ``backend``, ``tensor_parallel_size``, ``kv_cache_dtype``, ``mamba_cache_mode``, ``block_size``,
-        ``mamba_block_size``, ``memory_bytes`` and so on.
+    :param options: any other setting of :class:`EngineConfig`'s parts, by its flat name.
     :raises MakereadyError: a named error for every input that cannot be planned.
     """
-    config = _as_config(model, options)
+    given = {
+        "platform": platform,
+        "backend": backend,
+        "tensor_parallel_size": tensor_parallel_size,
+        "dtype": dtype,
+        "kv_cache_dtype": kv_cache_dtype,
+        "block_size": block_size,
+        "mamba_block_size": mamba_block_size,
+        "mamba_cache_mode": mamba_cache_mode,
+        "mamba_cache_dtype": mamba_cache_dtype,
+        "mamba_ssm_cache_dtype": mamba_ssm_cache_dtype,
+        "num_speculative_tokens": num_speculative_tokens,
+        "max_model_len": max_model_len,
+        "memory_bytes": memory_bytes,
+        **options,
+    }
+    config = model.validated() if isinstance(model, EngineConfig) else EngineConfig.from_options(model=model, **given)
     spec = _read(config, engine)
     plugins = load_plugins()
     decided, _ = _decide(config, spec, _planned_surroundings(config, plugins))
@@ -135,7 +176,7 @@ def _planned_surroundings(config: EngineConfig, plugins: Plugins) -> _Surroundin
     """A platform by name; its device is only assumed, with everything that the platform needs installed."""
     platforms = plannable_platforms(plugins.providers)
     asked = config.device.platform
-    if asked not in platforms:
+    if asked is None or asked not in platforms:
         said = "no platform was given" if asked is None else f"platform {asked!r} is not known"
         raise PlatformError(
             f"{said}; platforms to plan for are {', '.join(platforms)}",
@@ -204,16 +245,15 @@ def _decide(
         batch_invariant=config.attention.batch_invariant,
         probes=around.probes,
     )
-    capabilities = {layer: backend.capabilities(around.device) for layer, backend in chosen.by_layer.items()}
     preferred = {
         backend.name: backend.get_preferred_block_size(around.device, around.platform.default_block_size)
         for backend in chosen.by_layer.values()
     }
-    request = block_size_request(spec, capabilities, config, preferred_block_sizes=preferred)
+    request = block_size_request(spec, chosen.capabilities, config, preferred_block_sizes=preferred)
     decided = plan_model(
         spec,
         around.platform,
-        capabilities,
+        chosen.capabilities,
         config,
         around.device,
         extra_constraints=around.plugins.block_size_constraints(request),

@@ -26,6 +26,9 @@ from .presets import preset
 from .state_fields import state_spec
 
 ENGINES = ("vllm", "transformers")
+FULL = (LayerKind.ATTENTION, LayerKind.BOTH)
+SLIDING = (LayerKind.SLIDING, LayerKind.BOTH_SLIDING)
+WITH_STATE = (LayerKind.STATE, LayerKind.BOTH, LayerKind.BOTH_SLIDING)
 ASSUMED_MAX_MODEL_LEN = 32768
 """Longest sequence, in tokens, assumed for models whose configuration names none (pure mamba)."""
 
@@ -124,6 +127,7 @@ def read_model(
     model_dtype = _model_dtype(fields, dtype, notes)
     stored = resolve_kv_cache_dtype(kv_cache_dtype, model_dtype)
     rank = Rank(engine=engine, tp=tensor_parallel_size, speculative=num_speculative_tokens)
+    full, windowed = _attention_specs(fields, family, layers, stored, tensor_parallel_size)
     state = None
     if family.mixer is not None:
         state = state_spec(fields, family, rank, model_dtype, mamba_cache_dtype, mamba_ssm_cache_dtype)
@@ -136,7 +140,7 @@ def read_model(
         tensor_parallel_size=tensor_parallel_size,
         num_layers=len(layers),
         max_model_len=_max_model_len(fields, notes),
-        layers=tuple(_layer_specs(fields, family, layers, state, stored, tensor_parallel_size)),
+        layers=tuple(_layer_specs(fields, layers, full, windowed, state)),
         soft_cap=fields.number("attn_logit_softcapping"),
         sinks=family.sinks,
         traits=ModelTraits(
@@ -211,29 +215,34 @@ def _max_model_len(fields: ConfigFields, notes: list[str]) -> int:
     return fields.integer(*names)
 
 
+def _attention_specs(
+    fields: ConfigFields, family: Family, layers: tuple[LayerKind, ...], stored: str, tp: int
+) -> tuple[AttentionSpec | None, AttentionSpec | None]:
+    """Full attention and sliding windows; ``None`` for what no layer has."""
+    full = windowed = None
+    if any(kind in FULL for kind in layers):
+        full = attention_spec(fields, family, stored, tp, window=None)
+    if any(kind in SLIDING for kind in layers):
+        windowed = attention_spec(fields, family, stored, tp, window=fields.integer("sliding_window"))
+    return full, windowed
+
+
 def _layer_specs(
     fields: ConfigFields,
-    family: Family,
     layers: tuple[LayerKind, ...],
+    full: AttentionSpec | None,
+    windowed: AttentionSpec | None,
     state: MambaSpec | None,
-    stored: str,
-    tp: int,
 ) -> list[LayerSpec]:
     """One entry per thing that a layer stores."""
-    has_attention = any(kind not in (LayerKind.STATE, LayerKind.NOTHING) for kind in layers)
-    attention = attention_spec(fields, family, stored, tp, window=None) if has_attention else None
-    sliding = (LayerKind.SLIDING, LayerKind.BOTH_SLIDING)
-    windowed = None
-    if any(kind in sliding for kind in layers):
-        windowed = attention_spec(fields, family, stored, tp, window=fields.integer("sliding_window"))
     found: list[LayerSpec] = []
     for index, kind in enumerate(layers):
-        if kind in (LayerKind.STATE, LayerKind.BOTH, LayerKind.BOTH_SLIDING):
+        if kind in WITH_STATE:
             if state is None:
                 raise fields.broken("layer_types", "a state layer", "attention layers only, as its family has")
             found.append(LayerSpec(layer=index, spec=state))
-        if kind in (LayerKind.ATTENTION, LayerKind.BOTH) and attention is not None:
-            found.append(LayerSpec(layer=index, spec=attention))
-        if kind in sliding and windowed is not None:
+        if kind in FULL and full is not None:
+            found.append(LayerSpec(layer=index, spec=full))
+        if kind in SLIDING and windowed is not None:
             found.append(LayerSpec(layer=index, spec=windowed))
     return found

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from ..attention_backends.interface import AttentionBackend, LayerRequest, Probe
-from ..attention_backends.selection import Selection, select_backend
+from ..attention_backends.interface import AttentionBackend, Capabilities, LayerRequest, Probe
+from ..attention_backends.selection import Selection, group_refusals, layer_names, select_backend
 from ..device import DeviceFacts
 
 
@@ -16,6 +16,8 @@ class ModelBackends:
 
     by_layer: Mapping[int, AttentionBackend]
     """Per attention layer (the model's layer index)."""
+    capabilities: Mapping[int, Capabilities]
+    """Per attention layer what its backend declares on the device."""
     reasons: tuple[str, ...]
     """One sentence per backend that was chosen."""
     refusals: tuple[str, ...]
@@ -41,39 +43,20 @@ def choose_backends(
     """
     rank = {name: position for position, name in enumerate(order)}
     candidates = sorted(backends, key=lambda backend: (rank.get(backend.name, len(rank)), backend.name))
-    selections = {
-        request.layer: select_backend(
-            request, candidates, device, asked=asked, batch_invariant=batch_invariant, probes=probes
-        )
+    selections = [
+        select_backend(request, candidates, device, asked=asked, batch_invariant=batch_invariant, probes=probes)
         for request in requests
-    }
+    ]
     return ModelBackends(
-        by_layer={layer: found.backend for layer, found in selections.items()},
-        reasons=_reasons(selections, asked, candidates),
-        refusals=_refusals(selections),
+        by_layer={found.layer: found.backend for found in selections},
+        capabilities={found.layer: found.capabilities for found in selections},
+        reasons=_reasons(selections),
+        refusals=group_refusals(selections),
     )
 
 
-def _reasons(
-    selections: Mapping[int, Selection], asked: str | None, candidates: Sequence[AttentionBackend]
-) -> tuple[str, ...]:
+def _reasons(selections: Sequence[Selection]) -> tuple[str, ...]:
     layers: dict[str, list[int]] = {}
-    for layer, found in selections.items():
-        layers.setdefault(found.backend.name, []).append(layer)
-    tried = ", ".join(candidate.name for candidate in candidates)
-    why = "as asked" if asked is not None else f"the first of {tried} that serves them"
-    return tuple(
-        f"backend: {name} for {len(ids)} attention layer{'s' if len(ids) != 1 else ''}, {why}."
-        for name, ids in layers.items()
-    )
-
-
-def _refusals(selections: Mapping[int, Selection]) -> tuple[str, ...]:
-    layers: dict[tuple[str, tuple[str, ...]], list[int]] = {}
-    for layer, found in selections.items():
-        for refusal in found.refusals:
-            layers.setdefault((refusal.backend, refusal.reasons), []).append(layer)
-    return tuple(
-        f"backend {name} ({len(ids)} layer{'s' if len(ids) != 1 else ''}): {'; '.join(reasons)}"
-        for (name, reasons), ids in layers.items()
-    )
+    for found in selections:
+        layers.setdefault(found.reason, []).append(found.layer)
+    return tuple(f"backend: {layer_names(numbers)}: {reason}." for reason, numbers in layers.items())

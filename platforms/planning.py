@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from types import MappingProxyType
 
@@ -64,7 +64,6 @@ def plan_model(
     *,
     extra_constraints: Iterable[Constraint] = (),
     preferred_block_sizes: Mapping[str, int] | None = None,
-    kernel_block_sizes: Mapping[str, Callable[[int], int]] | None = None,
     prefill_checkpoint_alignment: int | None = None,
     reasons: Sequence[str] = (),
     refusals: Sequence[str] = (),
@@ -74,8 +73,6 @@ def plan_model(
     :param backends: per attention layer the capabilities of its backend.
     :param device: facts of the device; ``None`` plans without its memory.
     :param preferred_block_sizes: per backend name the block size that it would choose, in tokens.
-    :param kernel_block_sizes: per backend name how it chooses its kernel block for a block size; without one, the
-        largest that its capabilities allow.
     :param prefill_checkpoint_alignment: tokens at whose multiples the state kernels can stop in prefill.
     :param reasons: sentences of earlier decisions (platform, backends), put first.
     :param refusals: sentences about what was not chosen.
@@ -97,7 +94,7 @@ def plan_model(
     chosen = choose_strategy(
         model,
         request,
-        lambda asked: _with_kernel_blocks(platform.update_block_size_for_backend(asked), kernel_block_sizes or {}),
+        lambda asked: _with_set_kernel_block(platform.update_block_size_for_backend(asked), config),
         backends,
         config,
         budget,
@@ -149,21 +146,12 @@ def _setting_constraints(backends: Mapping[int, Capabilities], config: EngineCon
     return (MultipleOf(wanted, owner="flex_attn_kv_block_size"),)
 
 
-def _with_kernel_blocks(decision: BlockSizeDecision, chosen: Mapping[str, Callable[[int], int]]) -> BlockSizeDecision:
-    """The decision with the kernel blocks that backends choose themselves."""
-    sizes = dict(decision.kernel_block_sizes)
-    for name, choose in chosen.items():
-        if name in sizes:
-            sizes[name] = choose(decision.block_size)
-            if sizes[name] < 1 or decision.block_size % sizes[name]:
-                raise BackendError(
-                    f"backend {name} chose the kernel block {sizes[name]}, which does not divide the block of "
-                    f"{decision.block_size} tokens",
-                    option="kernel_block_size",
-                    value=sizes[name],
-                    expected=f"a divisor of {decision.block_size}",
-                )
-    return replace(decision, kernel_block_sizes=MappingProxyType(sizes))
+def _with_set_kernel_block(decision: BlockSizeDecision, config: EngineConfig) -> BlockSizeDecision:
+    """The decision, with flex's kernel block as the user set it."""
+    wanted, sizes = config.attention.flex_attn_kv_block_size, decision.kernel_block_sizes
+    if wanted is None or "flex" not in sizes:
+        return decision
+    return replace(decision, kernel_block_sizes=MappingProxyType({**sizes, "flex": wanted}))
 
 
 def _attention(layers: Iterable[LayerSpec]) -> Iterable[AttentionSpec]:

@@ -66,7 +66,8 @@ def _guarded(
     """Run ``find`` with torch; turn what fails, and what torch warns of, into the reason."""
     try:
         if find_spec("torch") is None:
-            return ProbeResult(available=False, reason=f"no {what} device: {NO_TORCH}", versions=versions)
+            reason = _with_notes(f"no {what} device: {NO_TORCH}", triton_clash())
+            return ProbeResult(available=False, reason=reason, versions=versions)
         with warnings.catch_warnings(record=True) as warned:
             warnings.simplefilter("always")
             import torch

@@ -9,9 +9,7 @@ XPU = Platform(
     name="xpu",
     device_type="xpu",
     state_constraints=(
-        StateConstraint(
-            kinds=frozenset({"gdn", "kda"}), constraint=MultipleOf(64, owner="gated delta net on xpu")
-        ),
+        StateConstraint(kinds=frozenset({"gdn", "kda"}), constraint=MultipleOf(64, owner="gated delta net on xpu")),
     ),
 )
 """Gated-delta-net kernels work on 64 tokens at a time, and Kimi's delta attention runs on the same kernels."""

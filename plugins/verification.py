@@ -73,6 +73,11 @@ def checked_platforms(answer: object) -> tuple[PlatformProvider, ...]:
                 f"makeready_platforms: provider {provider.name!r} holds the platform {provider.platform.name!r}; "
                 f"the two names must be equal"
             )
+        if type(provider.platform).update_block_size_for_backend is not Platform.update_block_size_for_backend:
+            raise Refused(
+                f"makeready_platforms: {type(provider.platform).__name__} overrides update_block_size_for_backend; "
+                f"declare constraints instead: the two phases are the same on every platform"
+            )
         if not callable(provider.probe):
             raise Refused(f"makeready_platforms: the probe of provider {provider.name!r} cannot be called")
     _no_repeats([provider.name for provider in providers], "makeready_platforms")

@@ -11,13 +11,13 @@ from functools import cache
 
 import pytest
 import torch
-from engine_setup import MAX_MODEL_LEN, make_ready
-from tiny_models import ATTENTION_FREE, FAMILIES, HYBRID_FAMILIES, tiny_model
 
+from engine_setup import MAX_MODEL_LEN, make_ready
 from makeready.engines.transformers import runner
 from makeready.engines.transformers.engine import SamplingParams, TransformersEngine
 from makeready.engines.transformers.families import TRAITS
 from makeready.engines.transformers.runner import ModelRunner
+from tiny_models import ATTENTION_FREE, FAMILIES, HYBRID_FAMILIES, tiny_model
 
 LENGTHS = (9, 3, 17, 1, 26)
 NEW = 24

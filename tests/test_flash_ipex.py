@@ -7,7 +7,6 @@ from importlib.util import find_spec
 
 import pytest
 import torch
-from paged_cases import make_case
 
 from makeready.attention_backends.flash import FlashBackend
 from makeready.attention_backends.flash.ipex import IpexProvider, installed_version
@@ -23,6 +22,7 @@ from makeready.cache.write import write_kv
 from makeready.config import AttentionConfig
 from makeready.device import DeviceFacts
 from makeready.errors import BackendError
+from paged_cases import make_case
 
 CPU, XPU = (DeviceFacts(platform=name, device_type=name) for name in ("cpu", "xpu"))
 IPEX_IS_HERE = find_spec("intel_extension_for_pytorch") is not None
@@ -273,6 +273,19 @@ class TestKernels:
             output = impl.forward(case.query, case.key_cache, case.value_cache, metadata, call)
             expected = ReferenceAttention().forward(case.query, case.key_cache, case.value_cache, case.step, call)
             torch.testing.assert_close(output, expected, atol=1e-5, rtol=0)
+
+    @pytest.mark.parametrize("block_size", [16, 48])
+    @pytest.mark.parametrize("q_len", [1, 20])
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+    def test_blocks_that_a_window_has_left_may_hold_anything(self, block_size, q_len, dtype):
+        call = AttentionCall(scale=0.25, sliding_window=17)
+        case = make_case([300, 130], [q_len, q_len], layout="HND", block_size=block_size, dtype=dtype, clear=False)
+        expected = forward(ReferenceAttention(), case, call)
+        for table, length in zip(case.step.block_table, case.step.seq_lens_host, strict=True):
+            left = table[: (length - q_len - 16) // block_size].long()
+            case.key_cache[left] = case.value_cache[left] = torch.nan
+        impl = self.built(head_size=16, block_size=block_size, dtype=str(dtype).removeprefix("torch."))
+        torch.testing.assert_close(forward(impl, case, call), expected, atol=TOLERANCE[dtype], rtol=0)
 
     def test_a_step_of_nothing(self):
         impl = self.built(head_size=16)

@@ -5,7 +5,6 @@ from functools import cache
 
 import pytest
 import torch
-from paged_cases import make_case, step_of
 
 from makeready.attention_backends.flex import FlexBackend
 from makeready.attention_backends.flex.impl import FlexAttention
@@ -16,15 +15,10 @@ from makeready.cache.specs import AttentionSpec
 from makeready.config import AttentionConfig
 from makeready.device import DeviceFacts
 from makeready.errors import BackendError
-from makeready.platforms.decision import kernel_block_size
+from makeready.platforms.kernel_blocks import kernel_block_size
+from paged_cases import make_case, step_of
 
-DEVICES = [
-    "cpu",
-    pytest.param(
-        "cuda",
-        marks=[pytest.mark.cuda, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")],
-    ),
-]
+DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.cuda)]
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 TOLERANCE = {"float32": 2e-5, "bfloat16": 2e-2, "float16": 3e-3}
 CALL = AttentionCall(scale=0.25)
@@ -67,11 +61,13 @@ def compare(impl, case, call, dtype="float32"):
 def test_every_batch_of_a_bucket_shares_its_kernels(device):
     """Ragged lengths, decode beside prefill, adversarial placement: right, with nothing compiled anew."""
     impl = built(device)
+    before = impl.compile_count
     compare(impl, make_case([5, 37, 48, 700], [1, 1, 1, 1], num_blocks=96, device=device), CALL)
     compare(impl, make_case([16, 37], [16, 2], num_blocks=96, device=device), CALL)
     compare(impl, make_case([100, 1], [40, 1], num_blocks=96, device=device), CALL)
     compiled = impl.compile_count
-    assert compiled == 3 if device == "cpu" else compiled >= 3
+    if device == "cpu":
+        assert compiled - before <= 3
     steps = [
         ([1], [1]), ([900, 16, 15, 17, 1, 2, 33], [1] * 7), ([3, 400, 65], [3, 1, 15]), ([64, 63], [40, 39]),
         ([200, 7], [17, 7]),
@@ -120,7 +116,6 @@ def test_features(device, features):
 
 
 @pytest.mark.cuda
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 def test_sinks_on_cuda():
     sinks = torch.tensor([0.5, -1.0, 3.0, 0.0], device="cuda")
     case = make_case([150, 100, 9], [1, 40, 1], num_blocks=96, device="cuda")

@@ -15,7 +15,7 @@ from makeready.cache.specs import AttentionSpec
 from makeready.config import AttentionConfig
 from makeready.device import DeviceFacts
 from makeready.errors import BackendError
-from makeready.platforms.decision import kernel_block_size
+from makeready.platforms.kernel_blocks import kernel_block_size
 
 CPU, CUDA = (DeviceFacts(platform=name, device_type=name) for name in ("cpu", "cuda"))
 

@@ -21,6 +21,11 @@ from makeready.plugins.records import KVConnectorProvider
 CPU = DeviceFacts(platform="cpu", device_type="cpu")
 
 
+class WilfulPlatform(Platform):
+    def update_block_size_for_backend(self, request):
+        return 64
+
+
 ACME = Platform(name="acme", device_type="cpu")
 
 
@@ -154,6 +159,12 @@ def test_a_policy_of_the_wrong_type_or_name_is_refused():
     ).exception
 
 
+def test_a_platform_that_overrides_the_two_phases_is_refused():
+    wilful = WilfulPlatform(name="acme", device_type="cpu")
+    problem = only_problem(load(("acme", plugin(makeready_platforms=lambda: [provider(wilful)]))))
+    assert "WilfulPlatform overrides update_block_size_for_backend; declare constraints" in problem.exception
+
+
 def test_one_name_from_two_wheels_is_given_to_neither_and_both_are_named():
     plugins = load(
         ("first", plugin(makeready_platforms=lambda: [provider()])),
@@ -194,7 +205,8 @@ def test_block_size_constraints_are_collected_and_a_failure_is_an_error():
     chunks = MultipleOf(64, owner="acme_link")
     plugins = load(("acme", plugin(makeready_block_size_constraints=lambda request: [chunks])))
     assert [constraint.owner for constraint in plugins.block_size_constraints(None)] == ["acme_link"]
-    for broken, text in ((lambda request: [64], "with int, expected MultipleOf or"), (lambda: 1 / 0, "ZeroDivisionError")):
+    failures = ((lambda request: [64], "with int, expected MultipleOf or"), (lambda: 1 / 0, "ZeroDivisionError"))
+    for broken, text in failures:
         plugins = load(("acme", plugin(makeready_block_size_constraints=broken)))
         with pytest.raises(PluginError, match=f"plugin 'acme' .*{text}"):
             plugins.block_size_constraints(None)

@@ -1,12 +1,12 @@
 import pytest
 import torch
-from paged_cases import make_case
 
 from makeready.attention_backends.interface import AttentionCall
 from makeready.attention_backends.reference import ReferenceBackend
 from makeready.attention_backends.reference.impl import ReferenceAttention
 from makeready.config import LAYOUTS
 from makeready.device import DeviceFacts
+from paged_cases import make_case
 
 SEQ_LENS, Q_LENS = [1, 37, 48, 70], [1, 5, 48, 1]
 DEVICE = DeviceFacts(platform="cpu", device_type="cpu")

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import pytest
-from tiny_models import ATTENTION_FREE, FAMILIES, HYBRID_FAMILIES, tiny_config, tiny_model
 
 from makeready.cache.specs import AttentionSpec, MambaSpec
 from makeready.errors import ConfigError
 from makeready.hybrid.model_specs import ModelSpec, read_model
+from tiny_models import ATTENTION_FREE, FAMILIES, HYBRID_FAMILIES, tiny_config, tiny_model
 
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
@@ -91,7 +91,7 @@ def test_traits_name_the_families_with_defects() -> None:
 
 def test_transformers_keeps_recurrent_states_in_its_own_dtype() -> None:
     config = tiny_config("bamba").to_dict()
-    with pytest.raises(ConfigError, match="mamba_ssm_cache_dtype bfloat16 cannot be had: transformers keeps .* float32"):
+    with pytest.raises(ConfigError, match="mamba_ssm_cache_dtype bfloat16 cannot be had: .* float32"):
         read_model(config, engine="transformers", mamba_ssm_cache_dtype="bfloat16")
     with pytest.raises(ConfigError, match="num_speculative_tokens 2 needs an engine that speculates"):
         read_model(config, engine="transformers", num_speculative_tokens=2)

@@ -42,7 +42,7 @@ class Environment:
         return self.folder / "bin" / "python"
 
     def install(self, *arguments: str) -> None:
-        pip("--python", self.python, "install", "--quiet", "--find-links", self.wheelhouse, *arguments)
+        pip("--python", self.python, "install", "-qq", "--find-links", self.wheelhouse, *arguments)
 
     def makeready(self, *arguments: str) -> subprocess.CompletedProcess:
         """Run the command from outside of the repository, with an environment of its own."""
@@ -71,7 +71,7 @@ def pip(*arguments: object) -> None:
 
 
 def build(project: Path, wheelhouse: Path) -> None:
-    pip("wheel", "--quiet", "--no-build-isolation", "--no-deps", "--wheel-dir", wheelhouse, project)
+    pip("wheel", "-qq", "--no-build-isolation", "--no-deps", "--wheel-dir", wheelhouse, project)
 
 
 def copy_of_tree(folder: Path) -> Path:
@@ -121,7 +121,7 @@ def environment(tmp_path_factory, wheelhouse) -> Environment:
 def with_broken_wheel(environment):
     environment.install("--no-index", "--no-deps", "makeready-acme")
     yield environment
-    pip("--python", environment.python, "uninstall", "--quiet", "--yes", "makeready-acme")
+    pip("--python", environment.python, "uninstall", "-qq", "--yes", "makeready-acme")
 
 
 def test_both_platforms_are_seen_with_the_reason_why_they_cannot_run_here(environment):

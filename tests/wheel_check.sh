@@ -10,9 +10,9 @@ trap 'rm -rf "$work"' EXIT
 
 mkdir "$work/tree" "$work/elsewhere"
 git -C "$root" archive HEAD | tar -x -C "$work/tree"
-"$python" -m pip wheel --quiet --no-build-isolation --no-deps --wheel-dir "$work/dist" "$work/tree"
+"$python" -m pip wheel -qq --no-build-isolation --no-deps --wheel-dir "$work/dist" "$work/tree"
 "$python" -m venv "$work/venv"
-"$work/venv/bin/python" -m pip install --quiet "$work"/dist/makeready-*.whl
+"$work/venv/bin/python" -m pip install -qq "$work"/dist/makeready-*.whl
 
 cd "$work/elsewhere"
 "$work/venv/bin/python" - <<'CHECK'

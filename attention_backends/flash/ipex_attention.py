@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from itertools import accumulate
 from math import gcd
 from typing import Any
 
@@ -15,6 +13,7 @@ from ...cache.specs import AttentionSpec
 from ...errors import BackendError
 from ..interface import AttentionCall, AttentionImpl
 from ..metadata import StepMetadata
+from .ipex_parts import Part, as_blocks, decode_view, gathered_part, part_of
 
 PARTITION = 128
 """Keys that the decode kernel takes at a time. It walks whole kernel blocks inside: they must divide it, or it
@@ -23,30 +22,6 @@ SMALLEST_KERNEL_BLOCK = 8
 """Below this, block tables get long and the varlen kernel is the better one."""
 LARGEST_GROUP = 16
 """Query heads per KV head for which the decode kernel's buffer is made."""
-GATHERED_BLOCK = 64
-"""Block size of the small cache that gathered K and V are laid into."""
-
-
-@dataclass(frozen=True, slots=True)
-class Part:
-    """Requests of a step that one kernel call serves. Tables and lengths are int32."""
-
-    rows: torch.Tensor | None
-    """(t,) int64: query rows of these requests; ``None`` for all rows of the step."""
-    tables: torch.Tensor
-    """(b, max_blocks)."""
-    seq_lens: torch.Tensor
-    """(b,)."""
-    query_start: torch.Tensor
-    """(b + 1,)."""
-    key_start: torch.Tensor
-    """(b + 1,)."""
-    longest_query: int
-    longest: int
-    decode: bool
-    """True when every request has one query."""
-    kernel_tables: dict[int, torch.Tensor]
-    """Block tables in kernel blocks, by kernel blocks per page; made once, shared by the layers of a group."""
 
 
 class IpexAttention(AttentionImpl):
@@ -68,7 +43,7 @@ class IpexAttention(AttentionImpl):
         lens = step.query_lens_host
         single = [index for index, count in enumerate(lens) if count == 1]
         several = [index for index, count in enumerate(lens) if count > 1]
-        return tuple(_part(step, requests) for requests in (single, several) if requests)
+        return tuple(part_of(step, requests) for requests in (single, several) if requests)
 
     def forward(
         self,
@@ -117,8 +92,8 @@ class IpexAttention(AttentionImpl):
         width = max(query.shape[-1], width_v)
         rows = pad(query, (0, width - query.shape[-1]))
         output = query.new_empty(rows.shape)
-        part = _gathered_part(step, query.device)
-        self._varlen(output, rows, _as_blocks(keys, width), _as_blocks(values, width), part, call)
+        part = gathered_part(step, query.device)
+        self._varlen(output, rows, as_blocks(keys, width), as_blocks(values, width), part, call)
         return output[..., :width_v].contiguous()
 
     def _kernel_blocks_per_page(self, key: torch.Tensor, call: AttentionCall) -> int | None:
@@ -147,17 +122,17 @@ class IpexAttention(AttentionImpl):
         pages: int,
     ) -> None:
         """The single-query kernel; its window counts the keys it keeps, as ``call.sliding_window`` does."""
-        block_size = key.shape[2]
+        block_size, window = key.shape[2], call.sliding_window
         kernel_block = gcd(block_size, PARTITION)
-        tables = part.tables
         if kernel_block != block_size:
             key, value = (_in_kernel_blocks(cache, kernel_block, pages) for cache in (key, value))
-            if pages not in part.kernel_tables:
-                part.kernel_tables[pages] = _kernel_table(tables, block_size // kernel_block, pages)
-            tables = part.kernel_tables[pages]
+        wanted = (pages, window)
+        if wanted not in part.decode_views:
+            part.decode_views[wanted] = decode_view(part, block_size, kernel_block, pages, window)
+        view = part.decode_views[wanted]
         self._kernels.single_query_cached_kv_attention(
-            output, query, key, value, self._head_mapping, call.scale, tables, part.seq_lens, kernel_block,
-            part.longest, None, call.sliding_window or -1, 1.0, 1.0, call.soft_cap or -1.0,
+            output, query, key, value, self._head_mapping, call.scale, view.tables, view.seq_lens, kernel_block,
+            view.longest, None, window or -1, 1.0, 1.0, call.soft_cap or -1.0,
         )  # fmt: skip
 
     def _varlen(
@@ -178,60 +153,6 @@ class IpexAttention(AttentionImpl):
         )  # fmt: skip
 
 
-def _part(step: StepMetadata, requests: list[int]) -> Part:
-    """The part of a step that holds ``requests``, which are in order."""
-    device = step.block_table.device
-    lens = [step.query_lens_host[index] for index in requests]
-    seq_lens = [step.seq_lens_host[index] for index in requests]
-    starts = (0, *accumulate(step.query_lens_host))
-    whole = sum(lens) == step.num_tokens
-    rows = [row for index in requests for row in range(starts[index], starts[index + 1])]
-    return Part(
-        rows=None if whole else torch.tensor(rows, device=device),
-        tables=step.block_table[torch.tensor(requests, device=device)].contiguous(),
-        seq_lens=torch.tensor(seq_lens, dtype=torch.int32, device=device),
-        query_start=_starts(lens, device),
-        key_start=_starts(seq_lens, device),
-        longest_query=max(lens),
-        longest=max(seq_lens),
-        decode=max(lens) == 1,
-        kernel_tables={},
-    )
-
-
-def _gathered_part(step: StepMetadata, device: torch.device) -> Part:
-    """All requests of a step over blocks that lie one request after the other."""
-    counts = [-(-length // GATHERED_BLOCK) for length in step.seq_lens_host]
-    first = (0, *accumulate(counts))
-    tables = torch.zeros(len(counts), max(counts), dtype=torch.int32, device=device)
-    for index, count in enumerate(counts):
-        tables[index, :count] = torch.arange(first[index], first[index] + count)
-    return Part(
-        rows=None,
-        tables=tables,
-        seq_lens=step.seq_lens,
-        query_start=_starts(step.query_lens_host, device),
-        key_start=_starts(step.seq_lens_host, device),
-        longest_query=max(step.query_lens_host),
-        longest=max(step.seq_lens_host),
-        decode=False,
-        kernel_tables={},
-    )
-
-
-def _as_blocks(gathered: Sequence[torch.Tensor], width: int) -> torch.Tensor:
-    """Per request (length, Hk, D) -> (num_blocks, Hk, GATHERED_BLOCK, width), filled up with zeros."""
-    blocks = []
-    for rows in gathered:
-        filled = pad(rows, (0, width - rows.shape[-1], 0, 0, 0, -rows.shape[0] % GATHERED_BLOCK))
-        blocks.append(filled.view(-1, GATHERED_BLOCK, *filled.shape[1:]).transpose(1, 2))
-    return torch.cat(blocks).contiguous()
-
-
-def _starts(lens: Sequence[int], device: torch.device) -> torch.Tensor:
-    return torch.tensor((0, *accumulate(lens)), dtype=torch.int32, device=device)
-
-
 def _in_kernel_blocks(cache: torch.Tensor, kernel_block: int, pages: int) -> torch.Tensor:
     """Pages (num_blocks, Hk, block_size, D) seen as kernel blocks, ``pages`` of them from one page to the next.
 
@@ -242,12 +163,6 @@ def _in_kernel_blocks(cache: torch.Tensor, kernel_block: int, pages: int) -> tor
     count = (num_blocks - 1) * pages + block_size // kernel_block
     strides = (kernel_block * head_size, block_size * head_size, head_size, 1)
     return cache.as_strided((count, num_heads, kernel_block, head_size), strides)
-
-
-def _kernel_table(tables: torch.Tensor, per_block: int, pages: int) -> torch.Tensor:
-    """(b, max_blocks) of blocks -> (b, max_blocks * per_block) of kernel blocks."""
-    inside = torch.arange(per_block, dtype=torch.int32, device=tables.device)
-    return (tables[:, :, None] * pages + inside).flatten(1)
 
 
 def _check_call(call: AttentionCall) -> None:

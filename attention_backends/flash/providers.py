@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import re
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -48,9 +50,14 @@ class Library:
     device_types: frozenset[str]
     install: str
     """The command that installs it."""
+    least: tuple[str, tuple[int, int]] | None = None
+    """A distribution and its first version (major, minor) that has what is needed; ``None`` for any."""
 
     def describe(self) -> str:
         """One clause: found or not, and how to get it."""
+        if _installed(self.module) and self.least is not None and _release(self.least[0]) < self.least[1]:
+            name, (major, minor) = self.least
+            return f"{self.title} needs {name} {major}.{minor}, and {_version(name)} is installed ({self.install})"
         if _installed(self.module):
             return f"{self.title} is installed ({self.module}) but no provider for it is registered"
         return f"{self.title} is not installed ({self.install})"
@@ -74,6 +81,7 @@ LIBRARIES: tuple[Library, ...] = (
         module="torch.nn.attention.varlen",
         device_types=frozenset({"cuda"}),
         install="pip install 'torch>=2.12' for CUDA",
+        least=("torch", (2, 12)),
     ),
     Library(
         title="vLLM's XPU kernels",
@@ -100,6 +108,19 @@ def default_providers() -> tuple[FlashProvider, ...]:
 def missing(device: DeviceFacts, libraries: Sequence[Library] = LIBRARIES) -> str:
     """Clauses on every library that could serve ``device``, joined; empty when there is none."""
     return "; ".join(lib.describe() for lib in libraries if device.device_type in lib.device_types)
+
+
+def _version(distribution: str) -> str:
+    try:
+        return version(distribution)
+    except PackageNotFoundError:
+        return "none"
+
+
+def _release(distribution: str) -> tuple[int, ...]:
+    """Major and minor of what is installed; empty, which is less than any, if nothing is."""
+    found = re.match(r"(\d+)\.(\d+)", _version(distribution))
+    return tuple(map(int, found.groups())) if found else ()
 
 
 def _installed(module: str) -> bool:

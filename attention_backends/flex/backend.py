@@ -75,6 +75,8 @@ def _probe_cpu() -> Probe:
         import torch
         from torch._inductor.cpp_builder import get_cpp_compiler
 
+        if torch.xpu.is_available():
+            return _no("torch compiles flex for CPU only where it sees no xpu device, and here it sees one")
         isa = torch.backends.cpu.get_cpu_capability()
         if not isa.startswith("AVX"):
             return _no(f"flex on CPU needs AVX2, and torch reports {isa}")

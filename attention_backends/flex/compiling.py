@@ -31,6 +31,12 @@ class CompiledFlex:
     def __init__(self, variant_limit: int = VARIANT_LIMIT) -> None:
         self.compile_count = 0
         self._limit = variant_limit
+        limits: dict[str, Any] = {
+            "recompile_limit": variant_limit,
+            "accumulated_recompile_limit": variant_limit,
+            "fail_on_recompile_limit_hit": True,
+        }
+        self._limits = torch._dynamo.config.patch(limits)
         # Torch keeps compiled variants on the code object; a code object of its own keeps backends apart.
         own = FunctionType(_attend.__code__.replace(), _attend.__globals__, "flex_attend")
         self._call: Callable[..., Any] = torch.compile(own, backend=self._compile, dynamic=False, fullgraph=True)
@@ -53,14 +59,8 @@ class CompiledFlex:
         :param lse: whether to return the log-sum-exp (R, Hq, L) as well.
         :raises BackendError: when the variants exceed the limit; eager attention never takes over.
         """
-        config = torch._dynamo.config
-        limits: dict[str, Any] = {
-            "recompile_limit": self._limit,
-            "accumulated_recompile_limit": self._limit,
-            "fail_on_recompile_limit_hit": True,
-        }
         try:
-            with torch.no_grad(), config.patch(limits):
+            with torch.no_grad(), self._limits:
                 out: tuple[torch.Tensor, torch.Tensor | None] = self._call(
                     query, key, value, lists, blocks, modifier, scale, options, lse
                 )
@@ -92,15 +92,20 @@ def _attend(
     options: dict[str, Any],
     lse: bool,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    mask = BlockMask.from_kv_blocks(
-        lists.masked_counts,
-        lists.masked,
-        lists.whole_counts,
-        lists.whole,
+    # Only a backward pass reads the query lists, and torch before 2.9 insists on them: any lists will do. The
+    # constructor takes them as they are, where from_kv_blocks would compute them.
+    mask = BlockMask(
+        seq_lengths=(query.shape[2], key.shape[2]),
+        kv_num_blocks=lists.masked_counts,
+        kv_indices=lists.masked,
+        full_kv_num_blocks=lists.whole_counts,
+        full_kv_indices=lists.whole,
+        q_num_blocks=lists.masked_counts,
+        q_indices=lists.masked,
+        full_q_num_blocks=lists.whole_counts,
+        full_q_indices=lists.whole,
         BLOCK_SIZE=blocks,
         mask_mod=lists.mask,
-        seq_lengths=(query.shape[2], key.shape[2]),
-        compute_q_blocks=False,
     )
     extra: dict[str, Any] = {}
     if lse:

@@ -1,0 +1,176 @@
+"""The command line: what people type, what they get, and what bad input tells them."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from makeready.cli import main
+from makeready.startup import BUNDLED_MODEL
+
+NANO = "nvidia/NVIDIA-Nemotron-3-Nano-30B-A3B-BF16"
+
+
+def run(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, str, str]:
+    """Exit code, stdout and stderr of ``makeready ARGUMENTS``."""
+    with pytest.raises(SystemExit) as stopped:
+        main(list(arguments))
+    out, err = capsys.readouterr()
+    return int(stopped.value.code or 0), out, err
+
+
+def config_file(folder: Path, text: str) -> str:
+    file = folder / "config.json"
+    file.write_text(text)
+    return str(file)
+
+
+def test_plan_shows_block_size_groups_and_capacity(capsys):
+    code, out, _ = run(capsys, "plan", NANO, "--platform", "xpu", "--memory", "40GiB", "--explain")
+    assert code == 0
+    for expected in ("2112 tokens", "flash on layers 5, 12, 19, 26, 33, 42", "padded by 1.34 %", "40.00 GiB", "why"):
+        assert expected in out
+
+
+def test_plan_json_is_the_dict_of_the_python_call(capsys):
+    from makeready import plan
+
+    code, out, _ = run(capsys, "plan", NANO, "--platform", "cuda", "--tp", "4", "--kv-cache-dtype", "fp8", "--json")
+    assert code == 0
+    expected = plan(NANO, platform="cuda", tensor_parallel_size=4, kv_cache_dtype="fp8").to_dict()
+    assert json.loads(out) == json.loads(json.dumps(expected))
+
+
+def test_plan_takes_a_dict_a_file_and_a_directory_alike(capsys):
+    from makeready import plan
+
+    content = json.loads((BUNDLED_MODEL / "config.json").read_text())
+    block_sizes = {
+        plan(source, platform="cuda").block_size
+        for source in (content, BUNDLED_MODEL, str(BUNDLED_MODEL), str(BUNDLED_MODEL / "config.json"))
+    }
+    assert len(block_sizes) == 1
+
+
+def test_list_prints_every_preset(capsys):
+    code, out, _ = run(capsys, "plan", "--list", "--json")
+    assert code == 0
+    assert NANO in json.loads(out)["presets"]
+
+
+def test_doctor_names_every_platform_and_what_is_not_installed(capsys):
+    code, out, _ = run(capsys, "doctor")
+    assert code == 0
+    for expected in ("cpu", "pip install makeready-cuda", "pip install makeready-xpu", "intel-extension-for-pytorch"):
+        assert expected in out
+
+
+def test_help_teaches_with_examples(capsys):
+    for command in ((), ("plan",), ("launch",), ("doctor",)):
+        code, out, _ = run(capsys, *command, "--help")
+        assert code == 0
+        assert "Usage: makeready" in out
+    assert "makeready launch ./checkpoint" in run(capsys, "launch", "--help")[1]
+
+
+BAD = [
+    # arguments, and what the sentence must name: the option or file, the value, what would be right
+    (("plan", "nvidia/Nemotron-H-4B-Base", "--platform", "cuda"), ("Nemotron-H-4B-Base-8K",)),
+    (("plan", "/nowhere/config.json", "--platform", "cuda"), ("/nowhere/config.json",)),
+    (("plan", NANO), ("platform", "cpu, cuda, xpu")),
+    (("plan", NANO, "--platform", "tpu"), ("tpu", "cpu, cuda, xpu")),
+    (("plan", NANO, "--platform", "xpu", "--backend", "flesh"), ("flesh", "flash", "flex", "reference")),
+    (("plan", NANO, "--platform", "xpu", "--block-size", "2100"), ("2100", "2112", "flash")),
+    (("plan", NANO, "--platform", "cuda", "--block-size", "0"), ("block_size", "0", "above zero")),
+    (("plan", NANO, "--platform", "cuda", "--mamba-block-size", "256"), ("mamba_block_size 256", "none", "align")),
+    (
+        ("plan", NANO, "--platform", "xpu", "--mamba-cache-mode", "align", "--mamba-block-size", "256"),
+        ("mamba_block_size 256", "2112"),
+    ),
+    (("plan", NANO, "--platform", "cuda", "--memory", "1MiB"), ("1.00 MiB", "at least")),
+    (("plan", NANO, "--platform", "cuda", "--memory", "much"), ("--memory", "much", "80GiB")),
+    (("plan", NANO, "--platform", "cuda", "--kv-cache-dtype", "int3"), ("kv_cache_dtype", "int3", "fp8")),
+    (("plan", NANO, "--platform", "cuda", "--engine", "sglang"), ("engine", "sglang", "transformers")),
+    (("plan", NANO, "--platform", "cuda", "--max-model-len", "999999999"), ("999999999", "131072")),
+    (("launch", "/nowhere"), ("/nowhere",)),
+    (("launch", "--platform", "cuda"), ("cuda", "pip install makeready-cuda")),
+    (("launch", "--platform", "tpu"), ("tpu", "cpu")),
+    (("launch", "--backend", "flesh"), ("flesh", "reference")),
+    (("launch", "--block-size", "100", "--backend", "flex"), ("100", "flex")),
+    (("launch", "--num-blocks", "2"), ("num_blocks 2", "at least")),
+    (("launch", "--max-new-tokens", "0"), ("max_new_tokens", "0")),
+    (("launch", "--backend", "reference", "--max-model-len", "16", "--prompt", "class " * 40), ("16",)),
+    (("launch", "--backend", "reference", "--prompt", ""), ("prompt", "empty")),
+]
+
+
+@pytest.mark.parametrize(("arguments", "named"), BAD, ids=[" ".join(arguments)[:60] for arguments, _ in BAD])
+def test_bad_input_is_a_sentence_and_exit_code_2(capsys, arguments, named):
+    code, _, err = run(capsys, *arguments)
+    assert code == 2
+    assert "Traceback" not in err
+    for part in named:
+        assert part in err
+
+
+@pytest.mark.parametrize(
+    ("text", "named"),
+    [
+        ("{", ("config.json",)),
+        ("[]", ("config.json",)),
+        ("{}", ("config.json", "model_type")),
+        ('{"model_type": "nemotron_i"}', ("nemotron_i", "nemotron_h")),
+        ('{"model_type": "recurrent_gemma"}', ("recurrent_gemma", "state")),
+        ('{"model_type": "llama", "num_hidden_layers": 2}', ("config.json", "num_attention_heads")),
+    ],
+)
+def test_a_broken_config_names_the_file_and_the_field(capsys, tmp_path, text, named):
+    code, _, err = run(capsys, "plan", config_file(tmp_path, text), "--platform", "cuda")
+    assert code == 2
+    for part in named:
+        assert part in err
+
+
+def test_json_errors_are_json(capsys):
+    code, out, err = run(capsys, "plan", NANO, "--platform", "tpu", "--json")
+    assert code == 2
+    assert json.loads(out)["error"] == "PlatformError"
+    assert json.loads(out)["value"] == "tpu"
+    assert err.startswith("error: ")
+
+
+def test_launch_generates_the_same_text_piped_and_as_json(capsys):
+    arguments = ("launch", "--backend", "reference", "--prompt", "The import statement", "--max-new-tokens", "12")
+    code, out, _ = run(capsys, *arguments, "--dtype", "float32")
+    assert code == 0
+    assert "block size" in out
+    assert "loading: weights" in out
+    assert " occurs within a block" in out
+    code, out, _ = run(capsys, *arguments, "--dtype", "float32", "--json")
+    assert code == 0
+    result = json.loads(out)
+    assert result["completions"][0]["text"].startswith(" occurs within a block")
+    assert result["plan"]["platform"] == "cpu"
+    assert result["plan"]["allocated_bytes"] == result["plan"]["num_blocks"] * result["plan"]["pool_bytes_per_block"]
+
+
+def test_several_prompts_under_few_blocks_are_all_answered(capsys):
+    arguments = ["launch", "--backend", "reference", "--num-blocks", "14", "--max-new-tokens", "20", "--json"]
+    for prompt in ("A function definition", "The import statement", "If the object is", "A generator function"):
+        arguments += ["--prompt", prompt]
+    code, out, _ = run(capsys, *arguments, "--dtype", "float32")
+    assert code == 0
+    assert [len(done["token_ids"]) for done in json.loads(out)["completions"]] == [20] * 4
+
+
+def test_planning_imports_neither_torch_nor_transformers():
+    code = (
+        "import sys, makeready; makeready.plan(sys.argv[1], platform='xpu').explain();"
+        "print([name for name in ('torch', 'transformers', 'numpy', 'rich') if name in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", code, NANO], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
