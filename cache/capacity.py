@@ -141,7 +141,10 @@ def plan_capacity(
     :raises CapacityError: if not even one token of one request fits.
     """
     if num_blocks is None:
-        assert memory_bytes is not None
+        if memory_bytes is None:
+            raise CapacityError(
+                "neither memory_bytes nor num_blocks is known; give one", option="memory_bytes", expected="a size"
+            )
         option, budget, total = "memory_bytes", memory_bytes, memory_bytes // shape.block_bytes
         said = f"{format_bytes(budget)} of cache memory"
     else:

@@ -7,6 +7,7 @@ import json
 from pathlib import Path
 
 import pytest
+
 from check_block_size_cases import (
     BOTH_REFUSE,
     MAMBA_REFUSED,
@@ -19,7 +20,6 @@ from check_block_size_cases import (
     main,
     plan_case,
 )
-
 from makeready.errors import UnsupportedModelError
 from makeready.hybrid.model_specs import read_model
 

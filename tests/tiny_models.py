@@ -144,8 +144,9 @@ def tiny_config(family: str) -> Any:
 def tiny_model(family: str, seed: int = 0, dtype: str = "float32") -> Any:
     """A tiny model of ``family`` in evaluation mode, whose tokens depend on every state.
 
-    Convolution kernels and biases come out of transformers' initialisation small or zero; they are drawn anew,
-    so that a lost state, a lost column or a wrong K or V changes logits by far more than rounding.
+    Convolution kernels and biases come out of transformers' initialisation small or zero, and states are forgotten
+    within a few tokens; these parameters are drawn anew, so that a lost state, a lost column or a wrong K or V
+    changes logits by far more than rounding.
     """
     import torch
     from transformers import AutoModelForCausalLM
@@ -157,4 +158,6 @@ def tiny_model(family: str, seed: int = 0, dtype: str = "float32") -> Any:
         for name, parameter in model.named_parameters():
             if ("conv" in name and parameter.dim() >= 2) or name.endswith((".temp", ".sinks")):
                 parameter.copy_(0.5 * torch.randn(parameter.shape, generator=generator))
+            elif name.endswith("A_log") and parameter.dim() == 1:
+                parameter.copy_(0.3 * torch.randn(parameter.shape, generator=generator) - 1.5)
     return model.eval()
