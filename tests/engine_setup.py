@@ -1,25 +1,36 @@
-"""A tiny model, its plan and its cache, as the startup hook would make them: for tests of the embedded engine."""
+"""A tiny model's plan, cache and backends, as the startup hook would make them: for tests of the embedded engine."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import torch
 
-from makeready.attention_backends.interface import AttentionImpl, BuildRequest
+from makeready.attention_backends.flex import FlexBackend
+from makeready.attention_backends.interface import AttentionBackend, AttentionImpl, BuildRequest
 from makeready.attention_backends.reference import ReferenceBackend
 from makeready.cache.allocation import KVCache, allocate
+from makeready.cache.grouping import group_layers, slots_per_block
 from makeready.cache.layout import CacheLayout
-from makeready.cache.specs import AttentionSpec, LayerGroup, LayerSpec, MambaSpec, StateTensor
-from makeready.config import AttentionConfig, CacheConfig, EngineConfig, SchedulerConfig
+from makeready.cache.specs import AttentionSpec, LayerGroup
+from makeready.config import AttentionConfig, EngineConfig
 from makeready.device import DeviceFacts
-from makeready.engines.transformers.families import traits_of
-from makeready.engines.transformers.probe import stored_by
+from makeready.hybrid.model_specs import ModelSpec, read_model
+from makeready.platforms.cpu import CPU
+from makeready.platforms.planning import plan_model
+from makeready.platforms.ready import Ready
+from makeready.platforms.ready import make_ready as platforms_make_ready
 
-CPU = DeviceFacts(platform="cpu", device_type="cpu")
+DEVICE = DeviceFacts(platform="cpu", device_type="cpu")
+BACKENDS: Mapping[str, AttentionBackend] = {"reference": ReferenceBackend(), "flex": FlexBackend()}
 MAX_MODEL_LEN = 256
+BLOCK_SIZE = 16
+NUM_BLOCKS = 64
+PAGE_BYTES = 24576
+"""Holds any tiny family's state, and a multiple of 16 tokens of each: one geometry, so that flex compiles once."""
 
 
 @dataclass(frozen=True)
@@ -33,122 +44,61 @@ class TinyReady:
     cleared_groups: frozenset[int]
 
 
-def backend_named(name: str) -> Any:
-    if name == "flex":
-        from makeready.attention_backends.flex import FlexBackend
-
-        return FlexBackend()
-    return ReferenceBackend()
+def spec_of(model: Any) -> ModelSpec:
+    return read_model(model.config.to_dict(), engine="transformers", dtype=str(model.dtype).removeprefix("torch."))
 
 
-def layers_of(model: Any) -> tuple[LayerSpec, ...]:
-    config = model.config.get_text_config(decoder=True)
-    facts = stored_by(model, traits_of(config.model_type))
-    dtype = str(model.dtype).removeprefix("torch.")
-    layers = []
-    for index in sorted({layer for layer, _ in facts}):
-        if (index, "K") in facts:
-            (heads, width), (_, width_v) = facts[index, "K"][0], facts[index, "V"][0]
-            mla = config.model_type == "kimi_linear"
-            types = (getattr(config, "layer_types", None) or {index: ""})[index]
-            layers.append(
-                LayerSpec(
-                    layer=index,
-                    spec=AttentionSpec(
-                        num_query_heads=config.num_attention_heads,
-                        num_kv_heads=heads,
-                        head_size=width,
-                        head_size_v=width_v,
-                        dtype=dtype,
-                        mla=mla,
-                        sliding_window=config.sliding_window if "sliding" in types else None,
-                    ),
-                )
-            )
-        states = tuple(
-            StateTensor(name=what.split()[0], shape=shape, dtype=kind)
-            for (layer, what), (shape, kind) in sorted(facts.items())
-            if layer == index and "state" in what
-        )
-        if states:
-            layers.append(LayerSpec(layer=index, spec=MambaSpec(kind="state", states=states)))
-    return tuple(layers)
-
-
-def grouped(layers: tuple[LayerSpec, ...], block_size: int) -> tuple[LayerGroup, ...]:
-    buckets: dict[Any, list[LayerSpec]] = {}
-    for layer in layers:
-        buckets.setdefault(layer.spec, []).append(layer)
-    return tuple(
-        LayerGroup(
-            index=index,
-            kind=bucket[0].kind,
-            layers=tuple(bucket),
-            block_size=MAX_MODEL_LEN if bucket[0].is_state else block_size,
-        )
-        for index, bucket in enumerate(buckets.values())
-    )
-
-
-def make_ready(
-    model: Any,
-    *,
-    backend: str = "reference",
-    num_blocks: int = 128,
-    block_size: int = 16,
-    order: str = "NHD",
-    max_num_seqs: int = 8,
-    max_num_batched_tokens: int = 512,
-    seed: int = 0,
-) -> TinyReady:
-    groups = grouped(layers_of(model), block_size)
-    pages = [
-        layer.spec.state_bytes if isinstance(layer.spec, MambaSpec) else layer.spec.page_size_bytes(block_size)
-        for group in groups
-        for layer in group.layers
-    ]
+def make_ready(model: Any, *, backend: str = "reference", order: str = "NHD", **options: Any) -> TinyReady:
+    """One small geometry for every family."""
+    spec = spec_of(model)
+    groups = group_layers(spec.layers, BLOCK_SIZE, MAX_MODEL_LEN)
     layout = CacheLayout(
         order=order,
-        num_blocks=num_blocks,
-        slots_per_block=max(len(g.layers) for g in groups),
-        page_size_bytes=-(-max(pages) // 64) * 64,
-        block_size=block_size,
+        num_blocks=NUM_BLOCKS,
+        slots_per_block=slots_per_block(groups),
+        page_size_bytes=PAGE_BYTES,
+        block_size=BLOCK_SIZE,
         groups=groups,
     )
-    cache = allocate(layout, torch.device("cpu"))
-    cache.poison()
-    maker = backend_named(backend)
-    attention = {}
-    built: dict[AttentionSpec, AttentionImpl] = {}
-    for group in groups:
-        for layer in group.layers:
-            if isinstance(layer.spec, AttentionSpec):
-                if layer.spec not in built:
-                    built[layer.spec] = maker.build(
-                        BuildRequest(
-                            device=CPU,
-                            spec=layer.spec,
-                            dtype="float32",
-                            block_size=block_size,
-                            kernel_block_size=block_size,
-                            num_blocks=num_blocks,
-                            max_num_seqs=max_num_seqs,
-                            max_num_batched_tokens=max_num_batched_tokens,
-                            max_model_len=MAX_MODEL_LEN,
-                            config=AttentionConfig(),
-                        )
-                    )
-                attention[layer.layer] = built[layer.spec]
-    reads = maker.capabilities(CPU).reads_unwritten_slots
+    kv_cache = allocate(layout, torch.device("cpu"))
+    kv_cache.poison()
+    clears = BACKENDS[backend].capabilities(DEVICE).reads_unwritten_slots
     return TinyReady(
-        cache=cache,
-        attention=attention,
+        cache=kv_cache,
+        attention={layer.layer: _built(backend, layer.spec, spec.dtype) for layer in spec.attention_layers},
         groups=groups,
-        block_size=block_size,
-        config=EngineConfig(
-            cache=CacheConfig(num_blocks=num_blocks),
-            scheduler=SchedulerConfig(max_num_seqs=max_num_seqs, max_num_batched_tokens=max_num_batched_tokens),
-        ),
+        block_size=BLOCK_SIZE,
+        config=EngineConfig.from_options(**options),
         max_model_len=MAX_MODEL_LEN,
-        cleared_groups=frozenset(g.index for g in groups if reads and not g.is_state),
+        cleared_groups=frozenset(group.index for group in groups if clears and not group.is_state),
+    )
+
+
+def planned_ready(model: Any, *, backend: str = "reference", num_blocks: int = 24, **options: Any) -> Ready:
+    """The geometry that the CPU platform decides."""
+    spec = spec_of(model)
+    config = EngineConfig.from_options(num_blocks=num_blocks, max_model_len=MAX_MODEL_LEN, **options)
+    chosen = {layer.layer: BACKENDS[backend] for layer in spec.attention_layers}
+    capabilities = {layer: backend.capabilities(DEVICE) for layer, backend in chosen.items()}
+    ready = platforms_make_ready(config, plan_model(spec, CPU, capabilities, config, DEVICE), chosen, DEVICE)
+    ready.cache.poison()
+    return ready
+
+
+@cache
+def _built(backend: str, spec: AttentionSpec, dtype: str) -> AttentionImpl:
+    """Shared by all engines of the test run: what flex compiles is kept."""
+    return BACKENDS[backend].build(
+        BuildRequest(
+            device=DEVICE,
+            spec=spec,
+            dtype=dtype,
+            block_size=BLOCK_SIZE,
+            kernel_block_size=BACKENDS[backend].get_kernel_block_size(DEVICE, BLOCK_SIZE),
+            num_blocks=NUM_BLOCKS,
+            max_num_seqs=8,
+            max_num_batched_tokens=512,
+            max_model_len=MAX_MODEL_LEN,
+            config=AttentionConfig(),
+        )
     )

@@ -11,20 +11,25 @@ from functools import cache
 
 import pytest
 import torch
+from engine_setup import BACKENDS, DEVICE, MAX_MODEL_LEN, make_ready, planned_ready, spec_of
+from tiny_models import ATTENTION_FREE, FAMILIES, HYBRID_FAMILIES, tiny_model
 
-from engine_setup import MAX_MODEL_LEN, make_ready
 from makeready.engines.transformers import runner
 from makeready.engines.transformers.engine import SamplingParams, TransformersEngine
 from makeready.engines.transformers.families import TRAITS
 from makeready.engines.transformers.runner import ModelRunner
-from tiny_models import ATTENTION_FREE, FAMILIES, HYBRID_FAMILIES, tiny_model
 
 LENGTHS = (9, 3, 17, 1, 26)
-NEW = 24
+NEW = 20
 PARAMS = SamplingParams(max_new_tokens=NEW, ignore_eos=True)
 TOLERANCE = 2e-3
-"""Of logits that are about 10 wide: rounding, of another batch size say, moves them by up to 6e-4, controls by 1 or more."""
-BACKENDS = ("reference",)
+"""Of logits that are about 10 wide: rounding (of another batch size, say) moves them by up to 6e-4, controls by 1."""
+CASES = [
+    (family, backend)
+    for backend in ("reference", "flex")
+    for family in FAMILIES
+    if (family, backend) != ("gpt_oss", "flex")  # flex on CPU refuses attention sinks
+]
 SCANS = tuple(family for family in HYBRID_FAMILIES if TRAITS[family].scan)
 
 
@@ -54,9 +59,9 @@ def stock(family: str):
 class Recorded:
     """An engine over a poisoned cache that remembers the logits of every token it computed."""
 
-    def __init__(self, family: str, monkeypatch: pytest.MonkeyPatch, **options) -> None:
+    def __init__(self, family: str, monkeypatch: pytest.MonkeyPatch, maker=make_ready, **options) -> None:
         self.model, self.tokens, self.logits = stock(family)
-        self.ready = make_ready(self.model, **options)
+        self.ready = maker(self.model, **options)
         self.engine = TransformersEngine(self.model, None, self.ready, poison_freed=True)
         self._seen: dict[tuple[str, int], torch.Tensor] = {}
         run = ModelRunner.run
@@ -76,7 +81,7 @@ class Recorded:
         self.engine.pool.check_integrity()
         self.engine.close()
 
-    def generate(self, which=range(len(LENGTHS))):
+    def generate(self, which=(0, 1, 2, 3, 4)):
         return self.engine.generate([prompts()[index] for index in which], PARAMS)
 
     def error(self, completion, index: int) -> float:
@@ -96,29 +101,25 @@ class Recorded:
         assert self.engine.pool.num_free == self.engine.pool.capacity
 
 
-each = pytest.mark.parametrize("family", FAMILIES)
-with_each = pytest.mark.parametrize("backend", BACKENDS)
+each = pytest.mark.parametrize(("family", "backend"), CASES)
 
 
-@with_each
 @each
 def test_one_request_at_a_time(family, backend, monkeypatch):
-    with Recorded(family, monkeypatch, backend=backend, num_blocks=16) as run:
+    with Recorded(family, monkeypatch, backend=backend) as run:
         run.check_all([run.generate([index])[0] for index in range(len(LENGTHS))])
 
 
-@with_each
 @each
 def test_batch_of_unequal_prompts(family, backend, monkeypatch):
     with Recorded(family, monkeypatch, backend=backend) as run:
         run.check_all(run.generate())
 
 
-@with_each
 @each
 def test_requests_join_and_leave_while_others_decode(family, backend, monkeypatch):
     with Recorded(family, monkeypatch, backend=backend) as run:
-        engine, joins, leaves = run.engine, {0: 0, 2: 1, 3: 2, 7: 3, 9: 4}, {0: 20, 1: 3, 2: 24, 3: 9, 4: 5}
+        engine, joins, leaves = run.engine, {0: 0, 2: 1, 3: 2, 7: 3, 9: 4}, {0: 18, 1: 3, 2: 20, 3: 9, 4: 5}
         ids: dict[str, int] = {}
         tokens: dict[int, list[int]] = {}
         step = 0
@@ -133,30 +134,35 @@ def test_requests_join_and_leave_while_others_decode(family, backend, monkeypatc
         assert engine.pool.num_free == engine.pool.capacity
 
 
-@with_each
 @each
 def test_prefill_in_chunks_of_five(family, backend, monkeypatch):
     with Recorded(family, monkeypatch, backend=backend, max_num_batched_tokens=5, max_num_seqs=1) as run:
         run.check_all(run.generate())
 
 
-@with_each
 @each
 def test_prefill_chunks_beside_decodes(family, backend, monkeypatch):
     with Recorded(family, monkeypatch, backend=backend, max_num_batched_tokens=7, max_num_seqs=4) as run:
         run.check_all(run.generate())
 
 
-@with_each
 @each
 def test_preempted_requests_end_with_the_same_tokens(family, backend, monkeypatch):
     with Recorded(family, monkeypatch, backend=backend) as run:
-        need = run.engine.scheduler.blocks_needed
-        few = need(max(LENGTHS) + NEW) + need(1) + 1
-    with Recorded(family, monkeypatch, backend=backend, num_blocks=few) as run:
-        run.check_all(run.generate())
+        pool, need = run.engine.pool, run.engine.scheduler.blocks_needed
+        few = max(need(max(LENGTHS) + NEW), 2 * need(LENGTHS[0]))
+        taken = pool.allocate(pool.num_free - few, "somebody else")
+        completions = run.generate()
+        pool.free(taken, "somebody else")
+        run.check_all(completions)
         # States take their blocks at admission, so a model without attention never runs short.
         assert (run.engine.num_preemptions > 0) == (family not in ATTENTION_FREE)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_planned_geometry_gives_the_same_tokens(family, monkeypatch):
+    with Recorded(family, monkeypatch, planned_ready, max_num_batched_tokens=13) as run:
+        run.check_all(run.generate())
 
 
 @pytest.mark.parametrize("order", ["HND", "cross_layer_NHD", "cross_layer_HND"])
@@ -217,6 +223,17 @@ def test_a_closed_engine_leaves_the_model_as_it_was(family, monkeypatch):
     assert model.config._attn_implementation == before
     again = model.generate(torch.tensor([prompts()[0]]), max_new_tokens=NEW, do_sample=False, eos_token_id=-1)
     assert again[0, LENGTHS[0] :].tolist() == tokens[0]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_traits_are_those_of_the_plan(family):
+    planned = spec_of(stock(family)[0]).traits
+    assert TRAITS[family].replays_generated == (not planned.prefill_matches_decode)
+    assert (TRAITS[family].scan is not None) == (not planned.chunked_prefill_keeps_state)
+
+
+def test_flex_leaves_out_what_it_refuses():
+    assert not BACKENDS["flex"].capabilities(DEVICE).sinks
 
 
 def test_every_family_that_is_served_is_tested():

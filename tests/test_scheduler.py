@@ -187,9 +187,7 @@ def test_too_few_tokens_per_step_for_such_chunks_are_refused():
 
 def test_what_can_never_fit_is_refused_at_once():
     scheduler = make(num_blocks=8, block_size=4)
-    with pytest.raises(
-        CapacityError, match=r"a prompt of 20 tokens and max_new_tokens 6 need 8 blocks, but the cache has 7, which hold 24"
-    ):
+    with pytest.raises(CapacityError, match="max_new_tokens 6 need 8 blocks, but the cache has 7, which hold 24"):
         scheduler.add(request(0, 20, 6))
     scheduler.add(request(1, 20, 5))
     while scheduler.has_requests():
@@ -200,7 +198,7 @@ def test_an_empty_prompt_and_one_beyond_the_model_are_refused():
     scheduler = make()
     with pytest.raises(RequestError, match="the prompt is empty"):
         scheduler.add(request(0, 0, 1))
-    with pytest.raises(RequestError, match="a prompt of 198 tokens and max_new_tokens 3 make 201, more than max_model_len 200"):
+    with pytest.raises(RequestError, match="198 tokens and max_new_tokens 3 make 201, more than max_model_len 200"):
         scheduler.add(request(0, 198, 3))
 
 
