@@ -106,6 +106,10 @@ class Holding:
             return min(blocks, -(-covered // group.block_size) + 1)
         return blocks
 
+    def request_blocks(self, groups: Sequence[LayerGroup], num_tokens: int) -> int:
+        """Ids of all groups that a request of ``num_tokens`` tokens holds."""
+        return sum(self.request_need(groups, num_tokens))
+
     def request_need(self, groups: Sequence[LayerGroup], num_tokens: int) -> tuple[int, int]:
         """States, and blocks of attention, that a request of ``num_tokens`` tokens holds."""
         states = sum(self.group_blocks(group, num_tokens) for group in groups if group.is_state)

@@ -6,9 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from ..cache.capacity import Capacity
-from ..cache.layout import CacheLayout, Layout
-from ..cache.specs import AttentionSpec, LayerGroup, MambaSpec
-from ..cache.subdivided_layout import SubdividedLayout
+from ..cache.specs import LayerGroup, MambaSpec
 from ..device import format_bytes
 from ..hybrid.model_specs import ModelSpec
 from ..hybrid.page_alignment import largest_state
@@ -63,29 +61,6 @@ class Plan:
         """Padding of the largest state, in percent of its raw bytes; ``None`` without states."""
         raw = self.decision.state_raw_bytes
         return round(100 * (self.decision.state_page_bytes - raw) / raw, 6) if raw else None
-
-    def layout(self, order: str, num_blocks: int) -> Layout:
-        """Where everything lies in a pool of ``num_blocks`` blocks.
-
-        :param order: one of ``config.LAYOUTS``.
-        :raises ConfigError: for an order in which these pages cannot lie.
-        """
-        if self.strategy.name == "subdivided":
-            return SubdividedLayout(
-                order=order,
-                num_blocks=num_blocks,
-                block_size=self.block_size,
-                shape=self.strategy.shape,
-                groups=self.groups,
-            )
-        return CacheLayout(
-            order=order,
-            num_blocks=num_blocks,
-            slots_per_block=self.slots_per_block,
-            page_size_bytes=self.page_bytes,
-            block_size=self.block_size,
-            groups=self.groups,
-        )
 
     def to_dict(self) -> dict[str, object]:
         """The plan as JSON-ready values. Keys stay; new ones may come."""

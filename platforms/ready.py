@@ -8,7 +8,9 @@ from types import MappingProxyType
 from typing import TYPE_CHECKING
 
 from ..attention_backends.interface import AttentionBackend, BuildRequest
+from ..cache.layout import CacheLayout, Layout
 from ..cache.specs import AttentionSpec, LayerGroup, LayerSpec
+from ..cache.subdivided_layout import SubdividedLayout
 from ..config import LAYOUTS, EngineConfig
 from ..device import DeviceFacts, format_bytes
 from ..errors import BackendError, CapacityError
@@ -17,7 +19,6 @@ from .plan import Plan
 if TYPE_CHECKING:
     from ..attention_backends.interface import AttentionImpl
     from ..cache.allocation import KVCache
-    from ..cache.layout import Layout
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -90,7 +91,7 @@ def make_ready(
         )
     several = plan.strategy.name == "subdivided" and plan.strategy.attention_group_width > 1
     order, why = choose_layout(config.cache.layout, backends, device, block_major=several)
-    layout = plan.layout(order, plan.capacity.num_blocks)
+    layout = layout_of(plan, order, plan.capacity.num_blocks)
     place = device.device_type if device.device_type == "cpu" else f"{device.device_type}:{device.index}"
     attention = _build(config, plan, layout, backends, device)
     cache = allocate(layout, torch.device(place))
@@ -102,6 +103,30 @@ def make_ready(
         attention=MappingProxyType(attention),
         cleared_groups=_cleared(plan.groups, backends, device),
         notes=(why, f"cache: {layout.num_blocks} blocks, {format_bytes(layout.total_bytes)}, allocated on {place}."),
+    )
+
+
+def layout_of(plan: Plan, order: str, num_blocks: int) -> Layout:
+    """Where everything lies in a pool of ``num_blocks`` blocks.
+
+    :param order: one of ``config.LAYOUTS``.
+    :raises ConfigError: for an order in which these pages cannot lie.
+    """
+    if plan.strategy.name == "subdivided":
+        return SubdividedLayout(
+            order=order,
+            num_blocks=num_blocks,
+            block_size=plan.block_size,
+            shape=plan.strategy.shape,
+            groups=plan.groups,
+        )
+    return CacheLayout(
+        order=order,
+        num_blocks=num_blocks,
+        slots_per_block=plan.slots_per_block,
+        page_size_bytes=plan.page_bytes,
+        block_size=plan.block_size,
+        groups=plan.groups,
     )
 
 
