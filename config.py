@@ -103,9 +103,7 @@ class DeviceConfig:
 
     platform: str | None = setting(None, "platform: cpu, cuda, xpu or a plugin's; None takes the best that probes")
     device_index: int = setting(0, "ordinal of the device")
-    device_memory_bytes: int | None = setting(
-        None, "total memory to assume instead of the probed one", "bytes"
-    )
+    device_memory_bytes: int | None = setting(None, "total memory to assume instead of the probed one", "bytes")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -113,9 +111,7 @@ class SchedulerConfig:
     """How many requests and tokens one step takes."""
 
     max_num_seqs: int = setting(8, "requests that run at the same time", "requests")
-    max_num_batched_tokens: int = setting(
-        512, "tokens of one step; longer prompts are prefilled in chunks", "tokens"
-    )
+    max_num_batched_tokens: int = setting(512, "tokens of one step; longer prompts are prefilled in chunks", "tokens")
     num_speculative_tokens: int = setting(0, "draft tokens per step that states must keep room for", "tokens")
 
 

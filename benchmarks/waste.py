@@ -3,8 +3,8 @@
 ``python benchmarks/waste.py`` prints a table, ``--markdown`` the page docs/waste.md, ``--json`` every number.
 All come from blocks that makeready's own pool really handed out; no memory is allocated and nothing is written.
 
-Waste is (allocated - needed) / allocated over a snapshot of live requests. Needed: length x attention layers x bytes per
-token and layer, and the raw bytes of every state. Allocated: every byte that the requests make unusable for others.
+Waste is (allocated - needed) / allocated over a snapshot of live requests. Needed: length x attention layers x bytes
+per token and layer, and the raw bytes of every state. Allocated: every byte that the requests make unusable for others.
 """
 
 from __future__ import annotations
@@ -144,7 +144,9 @@ def summary(
 def to_json(results: Mapping[str, Mapping[str, Mapping[str, Waste]]]) -> str:
     """Waste in percent per model, strategy and mix, and the summary."""
     models = {
-        name: {strategy: {mix: round(waste.percent, 4) for mix, waste in found.items()} for strategy, found in of.items()}
+        name: {
+            strategy: {mix: round(waste.percent, 4) for mix, waste in found.items()} for strategy, found in of.items()
+        }
         for name, of in results.items()
     }
     both = {"as_defined": summary(results), "strict": summary(results, lambda waste: waste.strict_percent)}
@@ -183,8 +185,8 @@ def to_markdown(results: Mapping[str, Mapping[str, Mapping[str, Waste]]]) -> str
     return f"""# What the cache wastes
 
 This page is the output of `python benchmarks/waste.py --markdown`. It counts the blocks that makeready's own pool hands
-out, for the {len(results)} hybrid presets on one rank, with K and V in bfloat16, states as vLLM keeps them, and kernels that
-take blocks of any multiple of 16 tokens.
+out, for the {len(results)} hybrid presets on one rank, with K and V in bfloat16, states as vLLM keeps them, and kernels
+that take blocks of any multiple of 16 tokens.
 
 Waste is (allocated - needed) / allocated over a snapshot of live requests without shared prefixes. Needed is what the
 requests store, without any rounding: length x attention layers x bytes per token and layer, and the raw bytes of every

@@ -168,9 +168,7 @@ def plan_capacity(
     return Capacity(
         memory_bytes=budget,
         num_blocks=total,
-        max_tokens=_largest(
-            lambda n: shape.fits(total, *holding.request_need(groups, n)), 1, max_model_len
-        ),
+        max_tokens=_largest(lambda n: shape.fits(total, *holding.request_need(groups, n)), 1, max_model_len),
         floor_bytes_per_request=_bytes_taken(shape, *needs[1]),
         concurrency=MappingProxyType({n: _at_one_time(shape, total, *needs[n]) for n in lengths}),
     )

@@ -30,6 +30,9 @@ class FreeQueue(Protocol):
 class LeastRecentlyUsed(OrderedDict[int, None]):
     """Every id by itself; the one that has been free for longest comes next."""
 
+    def __init__(self, ids: Iterable[int] = ()) -> None:
+        super().__init__(dict.fromkeys(ids))
+
     def take(self, count: int) -> list[int]:
         """Take out the ids that have been free for longest."""
         return [self.popitem(last=False)[0] for _ in range(count)]

@@ -285,10 +285,11 @@ def states_of(layer: LayerSpec) -> MambaSpec:
     return layer.spec
 
 
-def strided_states(
-    spec: MambaSpec, offsets: Sequence[int], count: int, stride_bytes: int
-) -> tuple[StridedView, ...]:
-    """State tensors of ``spec``, (count, ...) each: tensor ``i`` of state ``s`` at ``offsets[i] + s * stride_bytes``."""
+def strided_states(spec: MambaSpec, offsets: Sequence[int], count: int, stride_bytes: int) -> tuple[StridedView, ...]:
+    """State tensors of ``spec``, (count, ...) each; tensor ``i`` of state ``s`` at ``offsets[i] + s * stride_bytes``.
+
+    All in bytes, from the start of the buffer.
+    """
     return tuple(
         StridedView(
             offset_bytes=first,

@@ -37,7 +37,7 @@ class BlockPool:
         self.num_blocks = num_blocks
         self._first = first
         self._noun = noun
-        self._free = LeastRecentlyUsed.fromkeys(range(first, num_blocks)) if free is None else free
+        self._free: FreeQueue = LeastRecentlyUsed(range(first, num_blocks)) if free is None else free
         self._owners: list[tuple[str, ...]] = [()] * num_blocks
         self._stamps = [0] * num_blocks
         self._block_of_key: dict[Hashable, int] = {}

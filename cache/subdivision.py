@@ -54,11 +54,20 @@ def subdivide(layers: Sequence[LayerSpec], block_size: int, *, widest: int | Non
     :raises CapacityError: if no block suits all kinds of attention layers, naming their pages.
     """
     counts: dict[AttentionSpec, int] = {}
+    states: dict[MambaSpec, int] = {}
     for layer in layers:
         if isinstance(layer.spec, AttentionSpec):
             counts[layer.spec] = counts.get(layer.spec, 0) + 1
-    states = [layer.spec for layer in layers if isinstance(layer.spec, MambaSpec)]
-    found = list(_candidates(counts, states, block_size, widest))
+        else:
+            states[layer.spec] = states.get(layer.spec, 0) + 1
+    raw = sum(n * spec.state_bytes for spec, n in states.items())
+    padded = sum(n * _aligned(tensor.size_bytes) for spec, n in states.items() for tensor in spec.states)
+    element = max((dtype_bytes(tensor.dtype) for spec in states for tensor in spec.states), default=1)
+    found = [
+        _subdivision(counts, widths, raw, _shape(block_bytes, padded), block_size)
+        for block_bytes, widths in _blocks(counts, block_size, widest)
+        if block_bytes % element == 0
+    ]
     if not found:
         raise _no_common_block(counts, block_size)
     good = [one for one in found if one.waste <= NEGLIGIBLE_WASTE]
@@ -98,39 +107,32 @@ def subdivided_groups(
     return tuple(groups)
 
 
-def _candidates(
-    counts: Mapping[AttentionSpec, int], states: Sequence[MambaSpec], block_size: int, widest: int | None
-) -> Iterator[Subdivision]:
-    """Every block that is a whole number of pages of each kind of attention layer."""
+def _blocks(
+    counts: Mapping[AttentionSpec, int], block_size: int, widest: int | None
+) -> Iterator[tuple[int, dict[AttentionSpec, int]]]:
+    """Bytes of every block that is a whole number of pages of each kind of attention layer, and layers per kind."""
     limit = widest or max(counts.values())
     pages = {spec: spec.page_size_bytes(block_size) for spec in counts}
-    element = max((dtype_bytes(state.dtype) for spec in states for state in spec.states), default=1)
-    sizes = {w * pages[spec] for spec, count in counts.items() for w in divisors(count) if w <= limit}
-    for block_bytes in sorted(sizes):
-        if block_bytes % element or any(block_bytes % page for page in pages.values()):
+    choices = {spec: sorted(w for w in divisors(count) if w <= limit) for spec, count in counts.items()}
+    for block_bytes in sorted({w * pages[spec] for spec, widths in choices.items() for w in widths}):
+        if any(block_bytes % page for page in pages.values()):
             continue
-        widths = {
-            spec: max(w for w in divisors(count) if w <= min(limit, block_bytes // pages[spec]))
-            for spec, count in counts.items()
-        }
-        if all((1 - LARGEST_EMPTY_SHARE) * block_bytes <= w * pages[spec] for spec, w in widths.items()):
-            yield _subdivision(counts, widths, states, block_size, block_bytes)
+        fitting = {spec: max(w for w in choices[spec] if w * page <= block_bytes) for spec, page in pages.items()}
+        if all((1 - LARGEST_EMPTY_SHARE) * block_bytes <= w * pages[spec] for spec, w in fitting.items()):
+            yield block_bytes, fitting
 
 
 def _subdivision(
     counts: Mapping[AttentionSpec, int],
     widths: Mapping[AttentionSpec, int],
-    states: Sequence[MambaSpec],
+    raw: int,
+    shape: PoolShape,
     block_size: int,
-    block_bytes: int,
 ) -> Subdivision:
-    padded = sum(_aligned(tensor.size_bytes) for spec in states for tensor in spec.states)
-    shape = _shape(block_bytes, padded)
-    raw = sum(spec.state_bytes for spec in states)
     needed = raw + REFERENCE_TOKENS * sum(n * spec.bytes_per_token for spec, n in counts.items())
     tables = sum(n // widths[spec] for spec, n in counts.items())
     # Without the rounding of the last block, which is the same for every width.
-    taken = shape.state_page_bytes + tables * block_bytes * REFERENCE_TOKENS / block_size
+    taken = shape.state_page_bytes + tables * shape.block_bytes * REFERENCE_TOKENS / block_size
     return Subdivision(
         shape=shape, widths=MappingProxyType(dict(widths)), state_bytes=raw, waste=(taken - needed) / taken
     )

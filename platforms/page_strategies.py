@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from ..attention_backends.interface import Capabilities
 from ..cache.capacity import Holding, PoolShape
 from ..cache.grouping import group_layers, slots_per_block
-from ..cache.specs import AttentionSpec, LayerGroup, LayerSpec, dtype_bytes, is_plain
+from ..cache.specs import AttentionSpec, LayerGroup, LayerSpec, MambaSpec, dtype_bytes, is_plain
 from ..cache.subdivision import subdivide, subdivided_groups
 from ..config import EngineConfig
 from ..device import format_bytes
@@ -97,11 +98,15 @@ def choose_strategy(
     if asked != "auto":
         other = "unified" if asked == "subdivided" else "subdivided"
         found, against = planners[asked](), _attempt(planners[other])
-        return _said(found, f"page strategy: {asked}, as asked; it {_against(found, against)}.", _unknown_to(model, asked))
+        return _said(
+            found, f"page strategy: {asked}, as asked; it {_against(found, against)}.", _unknown_to(model, asked)
+        )
     unified, subdivided = _attempt(planners["unified"]), _attempt(planners["subdivided"])
     if model.engine == "vllm":
         chosen = planners["unified"]() if isinstance(unified, str) else unified
-        return _said(chosen, f"page strategy: unified, the one that engine vllm has; it {_against(chosen, subdivided)}.")
+        return _said(
+            chosen, f"page strategy: unified, the one that engine vllm has; it {_against(chosen, subdivided)}."
+        )
     if isinstance(subdivided, str):
         chosen = planners["unified"]() if isinstance(unified, str) else unified
         return _said(chosen, f"page strategy: unified; it {_against(chosen, subdivided)}.")
@@ -121,9 +126,7 @@ def less_wasteful(unified: StrategyPlan, subdivided: StrategyPlan) -> StrategyPl
     return subdivided if gain > CLOSE else unified
 
 
-def plan_unified(
-    model: ModelSpec, request: BlockSizeRequest, decide: Decide, config: EngineConfig
-) -> StrategyPlan:
+def plan_unified(model: ModelSpec, request: BlockSizeRequest, decide: Decide, config: EngineConfig) -> StrategyPlan:
     """The block grows until its page covers the largest state; a state takes a block."""
     decision = decide(replace(request, page_strategy="unified"))
     groups = group_layers(model.layers, decision.block_size, decision.mamba_block_size or request.max_model_len)
@@ -166,27 +169,30 @@ def plan_subdivided(
     )
 
 
-def reads_block_major(backends: Sequence[Capabilities] | object, layout: str) -> bool:
+def reads_block_major(backends: Iterable[Capabilities], layout: str) -> bool:
     """Whether a block may hold pages of several layers: the layout asked for, or one that all backends read."""
     if layout != "auto":
         return layout.startswith("cross_layer_")
-    orders = [set(backend.layouts) for backend in backends]  # type: ignore[attr-defined]
+    orders = [set(backend.layouts) for backend in backends]
     return any(order.startswith("cross_layer_") for order in set.intersection(*orders))
 
 
-def waste_of(
-    layers: Sequence[LayerSpec], groups: Sequence[LayerGroup], shape: PoolShape, holding: Holding, tokens: int
-) -> float:
+def waste_of(groups: Sequence[LayerGroup], shape: PoolShape, holding: Holding, tokens: int) -> float:
     """Share of the memory of one request of ``tokens`` tokens that holds nothing."""
     states, blocks = holding.request_need(groups, tokens)
     taken = states * shape.state_page_bytes + blocks * shape.block_bytes
     needed = 0
     for group in groups:
         kept = holding.group_blocks(group, tokens) if group.is_state else tokens
-        for layer in group.layers:
-            spec = layer.spec
-            needed += kept * (spec.bytes_per_token if isinstance(spec, AttentionSpec) else spec.state_bytes)
+        for spec, count in Counter(layer.spec for layer in group.layers).items():
+            needed += kept * count * (spec.bytes_per_token if isinstance(spec, AttentionSpec) else spec.state_bytes)
     return 1 - needed / taken if taken else 0.0
+
+
+def state_bytes(layers: Sequence[LayerSpec]) -> int:
+    """What the states of one request need, all layers, in bytes."""
+    kinds = Counter(layer.spec for layer in layers if isinstance(layer.spec, MambaSpec))
+    return sum(count * spec.state_bytes for spec, count in kinds.items() if isinstance(spec, MambaSpec))
 
 
 def _strategy(
@@ -203,9 +209,9 @@ def _strategy(
         name=name,
         shape=shape,
         attention_group_width=max((len(g.layers) for g in groups if not g.is_state), default=0),
-        state_bytes=sum(x.spec.state_bytes for x in model.state_layers if not isinstance(x.spec, AttentionSpec)),
+        state_bytes=state_bytes(model.layers),
         estimate_tokens=tokens,
-        waste_estimate=waste_of(model.layers, groups, shape, holding, tokens),
+        waste_estimate=waste_of(groups, shape, holding, tokens),
     )
 
 
@@ -252,13 +258,13 @@ def _unknown_to(model: ModelSpec, asked: str) -> str | None:
     return "engine vllm itself knows unified pages only; this plan needs an engine that can subdivide them."
 
 
-def _out_of_reach(model: ModelSpec, backends: object, memory_bytes: int | None) -> str | None:
+def _out_of_reach(model: ModelSpec, backends: Iterable[Capabilities], memory_bytes: int | None) -> str | None:
     """Why a kernel cannot address blocks that lie all over the pool; ``None`` if every kernel can."""
     if memory_bytes is None:
         return None
     specs = [layer.spec for layer in model.attention_layers if isinstance(layer.spec, AttentionSpec)]
     size = min((dtype_bytes(spec.dtype) if is_plain(spec.dtype) else 1 for spec in specs), default=1)
-    for backend in backends:  # type: ignore[attr-defined]
+    for backend in backends:
         limit = backend.max_view_elements
         if limit is not None and memory_bytes > limit * size:
             return (

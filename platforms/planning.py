@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from types import MappingProxyType
@@ -16,7 +17,7 @@ from ..errors import BackendError, CapacityError, ConfigError
 from ..hybrid.model_specs import ModelSpec
 from .decision import BlockSizeDecision, BlockSizeRequest
 from .interface import Platform
-from .page_strategies import StrategyPlan, choose_strategy
+from .page_strategies import StrategyPlan, choose_strategy, state_bytes
 from .plan import Plan, PlannedLayer
 
 __all__ = ["Plan", "block_size_request", "plan_model", "without_idle_blocks"]
@@ -189,8 +190,9 @@ def _asked_max_model_len(model: ModelSpec, config: EngineConfig) -> int:
 
 
 def _state_tokens(model: ModelSpec) -> int:
-    per_token = sum(spec.bytes_per_token for spec in _attention(model.layers))
-    return -(-sum(spec.state_bytes for spec in _states(model.layers)) // max(1, per_token))
+    kinds = Counter(_attention(model.layers))
+    per_token = sum(count * spec.bytes_per_token for spec, count in kinds.items())
+    return -(-state_bytes(model.layers) // max(1, per_token))
 
 
 def _planned(layer: LayerSpec, backends: Mapping[int, Capabilities], decision: BlockSizeDecision) -> PlannedLayer:

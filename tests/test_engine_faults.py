@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
-from engine_setup import MAX_MODEL_LEN, make_ready, spec_of
-from tiny_models import tiny_model
 
+from engine_setup import MAX_MODEL_LEN, make_ready, spec_of
 from makeready.cache.specs import LayerGroup
 from makeready.engines.transformers import attention
 from makeready.engines.transformers.engine import Progress, SamplingParams, TransformersEngine
@@ -20,6 +19,7 @@ from makeready.errors import (
     RequestError,
     UnsupportedModelError,
 )
+from tiny_models import tiny_model
 
 PROMPT = [5, 9, 11, 40, 77]
 SEEDED = SamplingParams(max_new_tokens=12, temperature=0.9, top_k=40, top_p=0.95, seed=7, ignore_eos=True)

@@ -6,12 +6,12 @@ import json
 
 import pytest
 import torch
-from engine_setup import make_ready
-from tiny_models import tiny_model
 
+from engine_setup import make_ready
 from makeready.engines.transformers.engine import SamplingParams, TransformersEngine
 from makeready.engines.transformers.loading import load_model
 from makeready.errors import ModelConfigError
+from tiny_models import tiny_model
 
 
 @pytest.fixture(scope="module")

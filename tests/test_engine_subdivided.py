@@ -5,27 +5,34 @@ from __future__ import annotations
 from functools import cache
 
 import pytest
-from engine_setup import BACKENDS, DEVICE, spec_of
-from test_engine_tokens import Recorded, prompts
-from tiny_models import ATTENTION_FREE, HYBRID_FAMILIES, tiny_model
 
+from engine_setup import BACKENDS, DEVICE, spec_of
 from makeready.cache.capacity import PoolShape
 from makeready.cache.subdivided_pool import SubdividedPool
 from makeready.config import EngineConfig
 from makeready.platforms.cpu import CPU
 from makeready.platforms.planning import plan_model
 from makeready.platforms.ready import Ready, make_ready
+from test_engine_tokens import Recorded, prompts
+from tiny_models import ATTENTION_FREE, HYBRID_FAMILIES, tiny_model
 
 FAMILIES = tuple(family for family in HYBRID_FAMILIES if family not in ATTENTION_FREE)
 ORDERS = ("NHD", "cross_layer_NHD")
 """One layer a block, and as many as padding allows."""
 
 
-def subdivided(model, *, backend="reference", block_size=16, num_blocks=160, layout="cross_layer_NHD", **options) -> Ready:
+def subdivided(
+    model, *, backend="reference", block_size=16, num_blocks=160, layout="cross_layer_NHD", **options
+) -> Ready:
     """What startup makes of these settings, poisoned."""
     spec = spec_of(model)
     config = EngineConfig.from_options(
-        num_blocks=num_blocks, block_size=block_size, layout=layout, max_model_len=64, page_strategy="subdivided", **options
+        num_blocks=num_blocks,
+        block_size=block_size,
+        layout=layout,
+        max_model_len=64,
+        page_strategy="subdivided",
+        **options,
     )
     chosen = {layer.layer: BACKENDS[backend] for layer in spec.attention_layers}
     capabilities = {layer: backend.capabilities(DEVICE) for layer, backend in chosen.items()}

@@ -11,13 +11,13 @@ from functools import cache
 
 import pytest
 import torch
-from engine_setup import BACKENDS, DEVICE, MAX_MODEL_LEN, make_ready, planned_ready, spec_of
-from tiny_models import ATTENTION_FREE, FAMILIES, HYBRID_FAMILIES, tiny_model
 
+from engine_setup import BACKENDS, DEVICE, MAX_MODEL_LEN, make_ready, planned_ready, spec_of
 from makeready.engines.transformers import runner
 from makeready.engines.transformers.engine import SamplingParams, TransformersEngine
 from makeready.engines.transformers.families import TRAITS
 from makeready.engines.transformers.runner import ModelRunner
+from tiny_models import ATTENTION_FREE, FAMILIES, HYBRID_FAMILIES, tiny_model
 
 LENGTHS = (9, 3, 17, 1, 26)
 NEW = 20

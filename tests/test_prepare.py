@@ -55,9 +55,7 @@ def test_an_engine_on_prepare_generates_the_tokens_of_stock(checkpoint, device, 
 @pytest.mark.parametrize("device", DEVICES)
 def test_what_is_allocated_is_what_was_planned(device):
     ready = makeready.prepare(platform=device, num_blocks=20, backend="reference")
-    planned = makeready.plan(
-        BUNDLED_MODEL, platform=device, num_blocks=20, backend="reference", engine="transformers"
-    )
+    planned = makeready.plan(BUNDLED_MODEL, platform=device, num_blocks=20, backend="reference", engine="transformers")
     facts = ready.to_dict()
     assert ready.cache.buffer.nbytes == facts["allocated_bytes"] == 20 * planned.pool_bytes_per_block
     assert ready.cache.buffer.device.type == device

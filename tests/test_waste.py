@@ -9,7 +9,6 @@ from types import ModuleType
 
 import pytest
 
-
 SCRIPT = Path(__file__).resolve().parents[1] / "benchmarks" / "waste.py"
 MEDIAN, MAXIMUM = 0.5, 2.5
 """Percent, promised for each mix."""

@@ -230,8 +230,7 @@ class Scheduler:
     def _missing(self, request: Request, num_tokens: int) -> dict[int, int]:
         """Blocks per group that ``request`` still lacks to hold ``num_tokens`` tokens."""
         return {
-            group: max(0, count - len(request.tables[group].blocks))
-            for group, count in self._need(num_tokens).items()
+            group: max(0, count - len(request.tables[group].blocks)) for group, count in self._need(num_tokens).items()
         }
 
     def _allocate(self, request: Request, need: dict[int, int]) -> None:
