@@ -60,9 +60,9 @@ $(OLDEST)/.dev: pyproject.toml constraints-oldest.txt
 	@$(OLDEST)/bin/python -m pip install $(PIP_OPTIONS) -e '.[engine]' pytest hypothesis -c constraints-oldest.txt
 	@touch $@
 
-$(IPEX)/.dev: tests/ipex_environment.py
+$(IPEX)/.dev: tools/ipex_environment.py
 	@echo "installing Intel's extension for PyTorch into $(IPEX) (this is done once) ..."
-	@$(PYTHON) tests/ipex_environment.py $(IPEX)
+	@$(PYTHON) tools/ipex_environment.py $(IPEX)
 	@touch $@
 
 # The repository root is the package, so the type checker and the import linter see it under its name by a link.

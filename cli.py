@@ -159,7 +159,7 @@ def launch(
     params = SamplingParams(
         max_new_tokens=max_new_tokens, temperature=temperature, top_k=top_k, top_p=top_p, seed=seed
     )
-    texts = prompts or ("A class definition",)
+    texts = prompts or ("A function definition",)
     result = run(Launch(model=model, prompts=texts, params=params, explain=explain, quiet=as_json), _given(options))
     if as_json:
         _print_json(result)

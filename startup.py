@@ -62,6 +62,7 @@ def plan(
     max_model_len: int | None = None,
     memory_bytes: int | None = None,
     engine: str = "vllm",
+    plugins: Plugins | None = None,
     **options: Any,
 ) -> Plan:
     """Decide backends, block size, pages and capacity for a model on a platform, without the device.
@@ -78,6 +79,7 @@ def plan(
         ``device_memory_bytes``.
     :param engine: whose states are stored: ``vllm`` (a convolution keeps its last K - 1 columns) or
         ``transformers`` (all K columns, recurrent states in float32).
+    :param plugins: plugins that were loaded before, for callers that plan often; ``None`` loads them.
     :param options: any other setting of :class:`EngineConfig`'s parts, by its flat name.
     :raises MakereadyError: a named error for every input that cannot be planned.
     """
@@ -99,22 +101,25 @@ def plan(
     }
     config = model.validated() if isinstance(model, EngineConfig) else EngineConfig.from_options(model=model, **given)
     spec = _read(config, engine)
-    plugins = load_plugins()
+    plugins = plugins or load_plugins()
     decided, _ = _decide(config, spec, _planned_surroundings(config, plugins))
     return decided
 
 
-def prepare(model: Model | EngineConfig | None = None, **options: Any) -> Ready:
+def prepare(
+    model: Model | EngineConfig | None = None, *, plugins: Plugins | None = None, **options: Any
+) -> Ready:
     """The engine startup hook: choose the platform and everything after it, allocate the cache, build the backends.
 
     :param model: a checkpoint directory, or a whole :class:`EngineConfig`; None takes the model that comes with
         the package.
+    :param plugins: plugins that were loaded before; ``None`` loads them.
     :param options: as for :func:`plan`.
     :raises MakereadyError: a named error that says what is missing or what clashes; nothing falls back silently.
     """
     config = _as_config(BUNDLED_MODEL if model is None else model, options)
     spec = _read(config, "transformers")
-    plugins = load_plugins()
+    plugins = plugins or load_plugins()
     around = _surroundings_here(config, plugins)
     decided, backends = _decide(config, spec, around)
     ready = make_ready(config, without_idle_blocks(decided, config), backends, around.device)
@@ -125,7 +130,7 @@ def prepare(model: Model | EngineConfig | None = None, **options: Any) -> Ready:
 
 def launch(
     model: Model | EngineConfig | None = None,
-    prompts: Sequence[str] = ("A class definition",),
+    prompts: Sequence[str] = ("A function definition",),
     params: SamplingParams | None = None,
     on_progress: Callable[[Progress], None] | None = None,
     **options: Any,

@@ -1,12 +1,13 @@
 """State mixers: the shapes of what each keeps per request and rank. One calculator per mixer, none per model.
 
 ``k`` is the convolution kernel's width, ``s`` the speculative tokens. vLLM keeps ``k - 1 + s`` columns of
-convolution input as rows (columns, channels); transformers keeps all ``k`` as (channels, columns).
+convolution input as rows (columns, channels); transformers keeps all ``k`` as (channels, columns). The records here
+live for one reading of a configuration, so that they are named tuples, a tenth of a dataclass's cost at import.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from typing import NamedTuple
 
 from ..errors import UnsupportedModelError
 
@@ -14,8 +15,7 @@ Shapes = tuple[tuple[str, tuple[int, ...]], ...]
 """(name of the state tensor, shape), in the order in which they lie in a page."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Rank:
+class Rank(NamedTuple):
     """For whom shapes are computed."""
 
     engine: str
@@ -53,8 +53,7 @@ def uneven(what: str, total: int, tp: int) -> UnsupportedModelError:
     )
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Mamba1:
+class Mamba1(NamedTuple):
     """Selective scan with a state per channel. With ``heads`` (Zamba) the same numbers, seen per head."""
 
     inner: int
@@ -74,8 +73,7 @@ class Mamba1:
         return (rank.conv(inner, self.kernel, speculative=False), ("recurrent", recurrent))
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Mamba2:
+class Mamba2(NamedTuple):
     """State-space duality: a matrix state per head. ``groups`` share B and C; 0 means they skip the convolution."""
 
     inner: int
@@ -107,8 +105,7 @@ class Mamba2:
         return self.groups // rank.tp
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class GatedDeltaNet:
+class GatedDeltaNet(NamedTuple):
     """Gated delta rule: a key x value matrix per value head (vLLM keeps it transposed)."""
 
     key_heads: int
@@ -129,8 +126,7 @@ class GatedDeltaNet:
         return (rank.conv(channels, self.kernel), ("recurrent", (values, *matrix)))
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class KimiDelta:
+class KimiDelta(NamedTuple):
     """Kimi delta attention: a square matrix per head; q, k and v are convolved."""
 
     heads: int
@@ -145,8 +141,7 @@ class KimiDelta:
         return (conv, ("recurrent", (heads, self.head_dim, self.head_dim)))
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ShortConv:
+class ShortConv(NamedTuple):
     """A gated short convolution: no recurrent state."""
 
     channels: int
@@ -159,8 +154,7 @@ class ShortConv:
         return (rank.conv(channels, self.kernel, speculative=False),)
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Lightning:
+class Lightning(NamedTuple):
     """Lightning attention: a square matrix per head, no convolution."""
 
     heads: int
@@ -173,8 +167,7 @@ class Lightning:
         return (("recurrent", (heads, self.head_dim, self.head_dim)),)
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Zaya:
+class Zaya(NamedTuple):
     """Two stacked convolutions over q and k, and the delayed half of the values of the token before.
 
     ``columns`` is what both convolutions together look back; transformers keeps exactly these.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from importlib.metadata import EntryPoint
 from typing import TYPE_CHECKING
 
@@ -37,7 +37,7 @@ class Plugins:
     """Plugins that were found but cannot be used."""
     disabled: tuple[str, ...]
     """Entry points that were found and left out, as asked."""
-    manager: pluggy.PluginManager
+    manager: pluggy.PluginManager = field(repr=False, compare=False)
 
     def attention_backends(self, device: DeviceFacts) -> BackendOffers:
         """Every plugin's attention backends for ``device``, and who brought them.

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from makeready.attention_backends.flash import FlashBackend
 from makeready.attention_backends.flex import FlexBackend
 from makeready.attention_backends.interface import AttentionBackend, AttentionImpl, BuildRequest
 from makeready.attention_backends.reference import ReferenceBackend
@@ -20,14 +21,13 @@ from makeready.config import AttentionConfig, EngineConfig
 from makeready.device import DeviceFacts
 from makeready.hybrid.model_specs import ModelSpec, read_model
 from makeready.platforms.cpu import CPU
+from makeready.platforms.kernel_blocks import kernel_block_size
 from makeready.platforms.planning import plan_model
 from makeready.platforms.ready import Ready
 from makeready.platforms.ready import make_ready as platforms_make_ready
 
 DEVICE = DeviceFacts(platform="cpu", device_type="cpu")
-BACKENDS: Mapping[str, AttentionBackend] = {"reference": ReferenceBackend(), "flex": FlexBackend()}
 MAX_MODEL_LEN = 256
-BLOCK_SIZE = 16
 NUM_BLOCKS = 64
 PAGE_BYTES = 24576
 """Holds any tiny family's state, and a multiple of 16 tokens of each: one geometry, so that flex compiles once."""
@@ -44,30 +44,36 @@ class TinyReady:
     cleared_groups: frozenset[int]
 
 
+def backend_named(name: str) -> AttentionBackend:
+    return {"reference": ReferenceBackend, "flex": FlexBackend, "flash": FlashBackend}[name]()
+
+
 def spec_of(model: Any) -> ModelSpec:
     return read_model(model.config.to_dict(), engine="transformers", dtype=str(model.dtype).removeprefix("torch."))
 
 
-def make_ready(model: Any, *, backend: str = "reference", order: str = "NHD", **options: Any) -> TinyReady:
+def make_ready(
+    model: Any, *, backend: str = "reference", order: str = "NHD", block_size: int = 16, **options: Any
+) -> TinyReady:
     """One small geometry for every family."""
     spec = spec_of(model)
-    groups = group_layers(spec.layers, BLOCK_SIZE, MAX_MODEL_LEN)
+    groups = group_layers(spec.layers, block_size, MAX_MODEL_LEN)
     layout = CacheLayout(
         order=order,
         num_blocks=NUM_BLOCKS,
         slots_per_block=slots_per_block(groups),
         page_size_bytes=PAGE_BYTES,
-        block_size=BLOCK_SIZE,
+        block_size=block_size,
         groups=groups,
     )
     kv_cache = allocate(layout, torch.device("cpu"))
     kv_cache.poison()
-    clears = BACKENDS[backend].capabilities(DEVICE).reads_unwritten_slots
+    clears = backend_named(backend).capabilities(DEVICE).reads_unwritten_slots
     return TinyReady(
         cache=kv_cache,
-        attention={layer.layer: _built(backend, layer.spec, spec.dtype) for layer in spec.attention_layers},
+        attention={layer.layer: _built(backend, layer.spec, spec.dtype, block_size) for layer in spec.attention_layers},
         groups=groups,
-        block_size=BLOCK_SIZE,
+        block_size=block_size,
         config=EngineConfig.from_options(**options),
         max_model_len=MAX_MODEL_LEN,
         cleared_groups=frozenset(group.index for group in groups if clears and not group.is_state),
@@ -78,7 +84,8 @@ def planned_ready(model: Any, *, backend: str = "reference", num_blocks: int = 2
     """The geometry that the CPU platform decides."""
     spec = spec_of(model)
     config = EngineConfig.from_options(num_blocks=num_blocks, max_model_len=MAX_MODEL_LEN, **options)
-    chosen = {layer.layer: BACKENDS[backend] for layer in spec.attention_layers}
+    one = backend_named(backend)
+    chosen = dict.fromkeys((layer.layer for layer in spec.attention_layers), one)
     capabilities = {layer: backend.capabilities(DEVICE) for layer, backend in chosen.items()}
     ready = platforms_make_ready(config, plan_model(spec, CPU, capabilities, config, DEVICE), chosen, DEVICE)
     ready.cache.poison()
@@ -86,15 +93,15 @@ def planned_ready(model: Any, *, backend: str = "reference", num_blocks: int = 2
 
 
 @cache
-def _built(backend: str, spec: AttentionSpec, dtype: str) -> AttentionImpl:
+def _built(backend: str, spec: AttentionSpec, dtype: str, block_size: int) -> AttentionImpl:
     """Shared by all engines of the test run: what flex compiles is kept."""
-    return BACKENDS[backend].build(
+    return backend_named(backend).build(
         BuildRequest(
             device=DEVICE,
             spec=spec,
             dtype=dtype,
-            block_size=BLOCK_SIZE,
-            kernel_block_size=BACKENDS[backend].get_kernel_block_size(DEVICE, BLOCK_SIZE),
+            block_size=block_size,
+            kernel_block_size=kernel_block_size(backend_named(backend).capabilities(DEVICE), block_size),
             num_blocks=NUM_BLOCKS,
             max_num_seqs=8,
             max_num_batched_tokens=512,

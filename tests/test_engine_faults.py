@@ -129,6 +129,7 @@ def test_the_end_of_sequence_is_the_models(engine, model, monkeypatch, several):
     tokens = engine.generate([PROMPT], greedy(10))[0].token_ids
     eos = [127, tokens[4]] if several else tokens[4]
     monkeypatch.setattr(model.generation_config, "eos_token_id", eos)
+    engine.close()
     ends = TransformersEngine(model, None, make_ready(model))
     done = ends.generate([PROMPT], SamplingParams(max_new_tokens=10))[0]
     assert done.finish_reason == "stop"
@@ -173,6 +174,21 @@ def test_if_the_model_raises_the_step_is_done_again(engine, model, monkeypatch):
         for output in engine.step():
             tokens[output.request_id] += output.new_token_ids
     assert [tuple(tokens[request_id]) for request_id in ids] == [done.token_ids for done in expected]
+
+
+def test_another_requests_state_is_never_used(engine):
+    engine.add_request(PROMPT, greedy(9))
+    engine.add_request([9, 9], greedy(9))
+    engine.step()
+    first, second = engine.scheduler.running
+    group = next(group for group in first.tables if group in second.tables and len(first.tables[group].blocks) == 1)
+    first.tables[group], second.tables[group] = second.tables[group], first.tables[group]
+    with pytest.raises(IntegrityError, match="request-0 continues after 5 tokens, and block .* the state of request-1 aft"):
+        engine._runner.run([first], 1)
+    first.tables[group], second.tables[group] = second.tables[group], first.tables[group]
+    with pytest.raises(IntegrityError, match="request-1 continues after 2 tokens, and block .* holds no valid state"):
+        engine._runner.run([second], 1)
+    engine.scheduler.restart([first, second])
 
 
 def test_a_plan_of_another_model_is_refused(model):
@@ -220,6 +236,18 @@ def test_a_model_in_training_mode_is_refused():
     model = tiny_model("llama").train()
     with pytest.raises(ConfigError, match=r"training mode.*call model.eval\(\)"):
         TransformersEngine(model, None, make_ready(model))
+
+
+def test_a_model_in_another_engine_is_refused(engine, model):
+    with pytest.raises(ConfigError, match="belongs to another engine; close that one first"):
+        TransformersEngine(model, None, make_ready(model))
+
+
+def test_a_model_on_another_device_is_refused():
+    model = tiny_model("llama")
+    ready = make_ready(model)
+    with pytest.raises(ConfigError, match="the model is on meta and the cache on cpu"):
+        TransformersEngine(model.to("meta"), None, ready)
 
 
 def test_states_at_block_boundaries_are_refused(model):

@@ -12,7 +12,7 @@ from functools import cache
 import pytest
 import torch
 
-from engine_setup import BACKENDS, DEVICE, MAX_MODEL_LEN, make_ready, planned_ready, spec_of
+from engine_setup import DEVICE, MAX_MODEL_LEN, backend_named, make_ready, planned_ready, spec_of
 from makeready.engines.transformers import runner
 from makeready.engines.transformers.engine import SamplingParams, TransformersEngine
 from makeready.engines.transformers.families import TRAITS
@@ -233,7 +233,7 @@ def test_traits_are_those_of_the_plan(family):
 
 
 def test_flex_leaves_out_what_it_refuses():
-    assert not BACKENDS["flex"].capabilities(DEVICE).sinks
+    assert not backend_named("flex").capabilities(DEVICE).sinks
 
 
 def test_every_family_that_is_served_is_tested():

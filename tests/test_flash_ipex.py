@@ -1,4 +1,4 @@
-"""IPEX as a provider of flash. Its kernels run where it is installed: tests/ipex_environment.py makes such a place."""
+"""IPEX as a provider of flash. Its kernels run where it is installed: tools/ipex_environment.py makes such a place."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from paged_cases import make_case
 CPU, XPU = (DeviceFacts(platform=name, device_type=name) for name in ("cpu", "xpu"))
 IPEX_IS_HERE = find_spec("intel_extension_for_pytorch") is not None
 needs_ipex = pytest.mark.skipif(
-    not IPEX_IS_HERE, reason="Intel Extension for PyTorch is not installed; see tests/ipex_environment.py"
+    not IPEX_IS_HERE, reason="Intel Extension for PyTorch is not installed; see tools/ipex_environment.py"
 )
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float16: 3e-3}
 

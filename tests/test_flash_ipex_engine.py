@@ -1,6 +1,6 @@
 """Tokens of the embedded engine with attention by IPEX are those of ``model.generate``: hybrids, MLA, windows, caps.
 
-Runs where IPEX is installed (tests/ipex_environment.py), with a cache that is NaN until it is written.
+Runs where IPEX is installed (tools/ipex_environment.py), with a cache that is NaN until it is written.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import torch
 
 if find_spec("intel_extension_for_pytorch") is None or find_spec("transformers") is None:
     pytest.skip(
-        "Intel Extension for PyTorch or transformers is not installed; see tests/ipex_environment.py",
+        "Intel Extension for PyTorch or transformers is not installed; see tools/ipex_environment.py",
         allow_module_level=True,
     )
 

@@ -1,4 +1,4 @@
-"""Planning needs no torch and no transformers, and starts fast."""
+"""Planning needs no torch and no transformers (how fast it starts: benchmarks/cold_start.py)."""
 
 from __future__ import annotations
 
@@ -13,21 +13,17 @@ MODULES = (
     "platforms.planning",
 )  # fmt: skip
 SCRIPT = """
-import sys, time, types
+import sys, types
 # The package without its face, which is what a host engine's adapter pays for planning.
 package = types.ModuleType("makeready")
 package.__path__ = [{root!r}]
 sys.modules["makeready"] = package
-start = time.process_time()
-import dataclasses, difflib, json, pathlib, re, typing
-library = time.process_time() - start
 import {modules}
 from makeready.hybrid.model_specs import read_model
 from makeready.platforms.planning import plan_model
-took = time.process_time() - start
 read_model("Qwen/Qwen3-8B")
 heavy = [name for name in ("torch", "transformers", "numpy", "rich", "click", "pluggy") if name in sys.modules]
-print(took, library, *heavy)
+print(*heavy)
 """
 
 
@@ -38,10 +34,4 @@ def fresh() -> list[str]:
 
 
 def test_planner_modules_import_nothing_heavy() -> None:
-    assert fresh()[2:] == []
-
-
-def test_planner_modules_import_fast() -> None:
-    """60 ms of processor time; on a slow or crowded machine, four times what its standard library takes."""
-    took, library = min(tuple(map(float, fresh()[:2])) for _ in range(3))
-    assert took < max(0.06, 4 * library)
+    assert fresh() == []

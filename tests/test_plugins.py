@@ -37,7 +37,9 @@ def provider(platform=None) -> PlatformProvider:
     platform = platform or ACME
     device = DeviceFacts(platform=platform.name, device_type="cpu", name="Acme One")
     probe = ProbeResult(available=True, reason="1 device: Acme One", devices=(device,))
-    return PlatformProvider(name=platform.name, platform=platform, probe=lambda: probe, distribution="makeready-acme")
+    return PlatformProvider(
+        name=platform.name, platform=platform, probe=lambda: probe, distribution="makeready-acme"
+    )
 
 
 def plugin(**hooks) -> ModuleType:
@@ -149,14 +151,12 @@ def test_a_hook_wrapper_is_refused():
 def test_a_policy_of_the_wrong_type_or_name_is_refused():
     wrong_type = PlatformProvider(name="acme", platform=object(), probe=lambda: None, distribution="d")
     wrong_name = PlatformProvider(name="amce", platform=ACME, probe=lambda: None, distribution="d")
-    assert (
-        "is object, expected an instance of"
-        in only_problem(load(("acme", plugin(makeready_platforms=lambda: [wrong_type])))).exception
-    )
-    assert (
-        "the two names must be equal"
-        in only_problem(load(("acme", plugin(makeready_platforms=lambda: [wrong_name])))).exception
-    )
+    assert "is object, expected an instance of" in only_problem(
+        load(("acme", plugin(makeready_platforms=lambda: [wrong_type])))
+    ).exception
+    assert "the two names must be equal" in only_problem(
+        load(("acme", plugin(makeready_platforms=lambda: [wrong_name])))
+    ).exception
 
 
 def test_a_platform_that_overrides_the_two_phases_is_refused():

@@ -9,6 +9,7 @@ import pytest
 import makeready
 from makeready.errors import BackendError, CapacityError, ConfigError, ModelConfigError
 from makeready.plugins.hookspecs import hookimpl
+from makeready.plugins.manager import load_plugins
 from makeready.startup import BUNDLED_MODEL
 from tiny_models import tiny_model
 
@@ -99,8 +100,7 @@ def test_an_asked_backend_that_cannot_run_here_is_an_error_with_its_reasons():
         makeready.prepare(backend="flash")
 
 
-def test_plugins_hear_of_the_startup_and_may_constrain_the_block(monkeypatch):
-    from makeready import startup
+def test_plugins_hear_of_the_startup_and_may_constrain_the_block():
     from makeready.cache.block_size import MultipleOf
 
     class Watcher:
@@ -112,9 +112,7 @@ def test_plugins_hear_of_the_startup_and_may_constrain_the_block(monkeypatch):
         def makeready_engine_startup(self, ready):
             return f"saw blocks of {ready.block_size}"
 
-    loaded = startup.load_plugins(extra=[("watcher", Watcher())])
-    monkeypatch.setattr(startup, "load_plugins", lambda: loaded)
-    ready = makeready.prepare(backend="reference")
+    ready = makeready.prepare(backend="reference", plugins=load_plugins(extra=[("watcher", Watcher())]))
     assert ready.block_size % 96 == 0
     assert f"watcher: saw blocks of {ready.block_size}" in ready.explain()
 

@@ -5,12 +5,13 @@ Python's LICENSE.txt, so nothing is downloaded and the result may be passed on w
 The model is a stock `nemotron_h` of about 1.2 million parameters. It learns its text by heart: good
 for demonstrations and tests, and not to be quoted as a language model.
 
-    python train_bundled_model.py --out tiny_hybrid --seconds 420
+    python tools/train_bundled_model.py --out engines/transformers/tiny_hybrid --seconds 420
 
 Needs torch, transformers 5.23 or later (older ones train several times slower) and tokenizers.
 """
 
 import argparse
+import json
 import math
 import os
 import platform
@@ -33,7 +34,7 @@ END_OF_TOPIC = "<|end|>"
 HELD_OUT_SHARE = 0.03
 WINDOW = 256
 PROMPTS = (
-    "A class definition",
+    "A function definition",
     "The import statement",
     "A generator function",
     "If the object is",
@@ -323,9 +324,11 @@ def measure_loss(
 def save_checkpoint(
     model: NemotronHForCausalLM, tokenizer: PreTrainedTokenizerFast, out: Path
 ) -> None:
-    """Write weights in bfloat16, configurations and tokenizer, readable by everyone."""
+    """Write weights in bfloat16, configurations and tokenizer, readable by everyone.
+
+    The configuration asks for float32: stored small, run exactly.
+    """
     model.to(torch.bfloat16)
-    model.config.dtype = torch.bfloat16
     model.generation_config = GenerationConfig(
         do_sample=False,
         max_new_tokens=128,
@@ -334,6 +337,8 @@ def save_checkpoint(
         pad_token_id=tokenizer.pad_token_id,
     )
     model.save_pretrained(out)
+    config = out / "config.json"
+    config.write_text(json.dumps({**json.loads(config.read_text()), "dtype": "float32"}, indent=2) + "\n")
     tokenizer.save_pretrained(out)
     for path in out.iterdir():
         path.chmod(0o644)
@@ -374,7 +379,8 @@ def model_card(model: NemotronHForCausalLM, recipe: Recipe, outcome: Outcome, sa
 A small hybrid language model of type `nemotron_h`, for the demonstrations and tests of makeready.
 It has learned its text by heart. **It is a demo only**; its losses say nothing about a method.
 
-* {model.num_parameters():,} parameters, stored in bfloat16; run it in float32 on a CPU.
+* {model.num_parameters():,} parameters, stored in bfloat16 and run in float32, as its \
+config.json asks.
 * {count("linear_attention")} mamba2, {count("full_attention")} attention and {count("mlp")} \
 feed-forward layers, width {config.hidden_size}; {config.num_attention_heads} query and \
 {config.num_key_value_heads} key/value heads of {config.head_dim}; {config.mamba_num_heads} mamba \
@@ -382,8 +388,8 @@ heads of {config.mamba_head_dim}, state {config.ssm_state_size}.
 * {config.vocab_size} byte-level BPE tokens; `{END_OF_TOPIC}` ends a topic and stops generation.
 * Text: `pydoc_data.topics` and `LICENSE.txt` of Python {platform.python_version()}, under the \
 Python Software Foundation License (see NOTICE), trained in windows of {WINDOW} tokens.
-* Command: `python train_bundled_model.py --out tiny_hybrid {recipe.flag} --seed {recipe.seed} \
---threads {recipe.threads}`
+* Command: `python tools/train_bundled_model.py --out engines/transformers/tiny_hybrid \
+{recipe.flag} --seed {recipe.seed} --threads {recipe.threads}`
 * {outcome.steps} steps of {recipe.batch_size} windows in {outcome.seconds:.0f} s on a CPU.
 * Loss on the text it was trained on: {outcome.train}.
 * Loss on the held-out last {HELD_OUT_SHARE:.0%}, mostly the licence: {outcome.held_out}.

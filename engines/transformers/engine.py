@@ -16,7 +16,7 @@ from .loading import load_model
 from .probe import check_plan
 from .records import Completion, FinishReason, Output, Progress, Ready, SamplingParams
 from .requests import Request
-from .runner import ModelRunner
+from .runner import ModelRunner, check_model
 from .sampling import Sampler, choose
 from .scheduler import Scheduler, Step
 from .text import TextStream, Tokenizer
@@ -45,12 +45,15 @@ class TransformersEngine:
     :param ready: what startup made: cache, backends, groups and settings.
     :param poison_freed: overwrite freed blocks with NaN; a debug option that turns stale reads into NaN logits.
     :raises UnsupportedModelError: for a family, a transformers version, or a model that the plan does not fit.
+    :raises ConfigError: for a model in training mode, on another device, or in another engine, and for settings
+        that the engine does not serve.
     """
 
     def __init__(self, model: Any, tokenizer: Tokenizer | None, ready: Ready, *, poison_freed: bool = False) -> None:
         check_version(transformers.__version__)
         self.traits = traits_of(model.config.get_text_config(decoder=True).model_type)
         _check_cache_mode(ready)
+        check_model(model, ready)
         check_plan(model, self.traits, ready.groups)
         self.pool = pool_for(ready.cache.layout)
         self.scheduler = Scheduler(ready.groups, self.pool, ready.config.scheduler, self.traits, ready.max_model_len)

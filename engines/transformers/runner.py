@@ -14,6 +14,7 @@ from .attention import CONTEXT, NAME, register
 from .binding import bind
 from .families import Traits
 from .forward_step import ForwardStep, build_step
+from .ledger import StateLedger
 from .mamba1 import initial_states, scan_module
 from .paged_cache import PagedCache
 from .records import Ready
@@ -25,16 +26,15 @@ class ModelRunner:
 
     From construction to :meth:`close` the model calls makeready's attention, so it cannot be used elsewhere.
 
-    :raises ConfigError: for a model in training mode, or on another device than the cache.
     :raises UnsupportedModelError: if this transformers lacks an entry point that the family needs.
     """
 
     def __init__(self, model: Any, ready: Ready, traits: Traits) -> None:
-        _check_model(model, ready)
         self._model = model
         self._traits = traits
         self._scan_module = scan_module(model, traits)
         self._binding = bind(ready, model.config.get_text_config(decoder=True).num_hidden_layers)
+        self._ledger = StateLedger()
         self._device = model.device
         self._stock_attention = model.config._attn_implementation
         register()
@@ -50,12 +50,15 @@ class ModelRunner:
         Several requests only with one token each: a longer batch would need padding, which states cannot ignore.
 
         :return: logits of each request's last token, (B, V).
+        :raises IntegrityError: if a state is not the request's, or not of its tokens so far.
         """
         step = build_step(self._binding, requests, query_len, self._device)
         cache = PagedCache(self._binding, step)
+        self._ledger.begin(requests, step.state_blocks)
         with torch.no_grad(), self._continued_scan(step, cache):
             logits: torch.Tensor = self._model(**self._inputs(requests, step, cache)).logits
             cache.flush()
+        self._ledger.commit(requests, step.state_blocks, query_len)
         return logits[:, -1]
 
     def _inputs(self, requests: Sequence[Request], step: ForwardStep, cache: PagedCache) -> dict[str, Any]:
@@ -84,15 +87,30 @@ class ModelRunner:
         return initial_states(self._scan_module, self._traits.scan, cache)
 
 
-def _check_model(model: Any, ready: Ready) -> None:
+def check_model(model: Any, ready: Ready) -> None:
+    """Refuse a model that cannot run on the cache as it is.
+
+    :raises ConfigError: in training mode, on another device than the cache, or while another engine has it.
+    """
     if model.training:
         raise ConfigError(
             "the model is in training mode, where dropout changes its output; call model.eval() first",
-            option="model", value="training", expected="evaluation mode",
-        )  # fmt: skip
+            option="model",
+            value="training",
+            expected="evaluation mode",
+        )
     device = ready.cache.buffer.device
     if model.device != device:
         raise ConfigError(
             f"the model is on {model.device} and the cache on {device}; put both on one device",
-            option="device", value=str(model.device), expected=str(device),
-        )  # fmt: skip
+            option="device",
+            value=str(model.device),
+            expected=str(device),
+        )
+    if model.config._attn_implementation == NAME:
+        raise ConfigError(
+            "the model belongs to another engine; close that one first",
+            option="model",
+            value=NAME,
+            expected="a model without an engine",
+        )

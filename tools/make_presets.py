@@ -1,4 +1,4 @@
-"""Writes hybrid/presets.json from the facts file models.json: ``python tests/make_presets.py MODELS_JSON OUTPUT``."""
+"""Writes hybrid/presets.json from the facts file models.json: ``python tools/make_presets.py MODELS_JSON OUTPUT``."""
 
 from __future__ import annotations
 
@@ -95,7 +95,7 @@ def main() -> None:
     body = ",\n".join(lines)
     Path(sys.argv[2]).write_text(
         '{"about": "Configuration numbers of published models, with where each was seen. Written by '
-        'tests/make_presets.py.",\n"models": [\n' + body + "\n]}\n",
+        'tools/make_presets.py.",\n"models": [\n' + body + "\n]}\n",
         encoding="utf-8",
     )
 

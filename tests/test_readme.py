@@ -1,0 +1,66 @@
+"""The README's commands and examples run as they are written, and the reference page says what the settings are."""
+
+from __future__ import annotations
+
+import re
+import shlex
+from dataclasses import fields
+from pathlib import Path
+
+import pytest
+
+from makeready.cli import main
+from makeready.config import EngineConfig
+from makeready.startup import BUNDLED_MODEL
+
+ROOT = Path(__file__).parent.parent
+PAGES = ("README.md", "docs/engine_guide.md", "docs/planning.md")
+
+
+def blocks(page: str, language: str) -> list[str]:
+    return re.findall(rf"```{language}\n(.*?)```", (ROOT / page).read_text(), re.S)
+
+
+def commands() -> list[str]:
+    scripts = [text for page in PAGES for text in blocks(page, "sh")]
+    lines = [line.split("  #")[0].strip() for text in scripts for line in text.splitlines()]
+    return [line for line in lines if line.startswith("makeready ")]
+
+
+@pytest.fixture
+def user_folder(tmp_path, monkeypatch):
+    """A folder where the pages' checkpoint paths exist."""
+    for name in ("my-checkpoint", "path/to/checkpoint"):
+        link = tmp_path / name
+        link.parent.mkdir(parents=True, exist_ok=True)
+        link.symlink_to(BUNDLED_MODEL)
+    monkeypatch.chdir(tmp_path)
+
+
+@pytest.mark.parametrize("command", commands())
+def test_commands_run(command, user_folder, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        main(shlex.split(command)[1:])
+    assert stopped.value.code == 0, capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("page", "number"), [(page, i) for page in PAGES for i in range(len(blocks(page, "python")))])
+def test_examples_run(page, number, user_folder, capsys):
+    code = blocks(page, "python")[number]
+    exec(compile(code, f"{page} example {number}", "exec"), {"__name__": "example"})
+
+
+def test_make_targets_of_the_readme_exist():
+    targets = re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.M)
+    lines = [line for text in blocks("README.md", "sh") for line in text.splitlines()]
+    named = [line.split()[1] for line in lines if line.startswith("make ")]
+    assert {"launch", "test"} <= set(named) <= set(targets)
+
+
+def test_every_setting_is_in_the_reference_with_its_default_and_words():
+    page = (ROOT / "docs/reference/settings.md").read_text()
+    for part in fields(EngineConfig):
+        for setting in fields(type(getattr(EngineConfig(), part.name))):
+            unit, doc = setting.metadata["unit"], setting.metadata["doc"]
+            row = f"| `{setting.name}` | `{setting.default!r}` | {unit} | {doc} |"
+            assert row in page, f"run tools/write_settings_page.py: {row}"

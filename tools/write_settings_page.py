@@ -1,0 +1,35 @@
+"""Writes docs/reference/settings.md from the settings records: `python tools/write_settings_page.py`."""
+
+from __future__ import annotations
+
+from dataclasses import fields
+from pathlib import Path
+
+from makeready.config import EngineConfig
+
+HEAD = """# Settings
+
+Every setting of `EngineConfig`, by part. The same names are options of `makeready.plan`, `prepare` and `launch`, and,
+with dashes, of the command line. `None` and `auto` mean that makeready chooses and says why. This page is written by
+`tools/write_settings_page.py`.
+"""
+
+
+def page() -> str:
+    """The page's text."""
+    lines = [HEAD]
+    for part in fields(EngineConfig):
+        record = type(getattr(EngineConfig(), part.name))
+        lines += [f"\n## {part.name}\n", record.__doc__ or "", ""]
+        lines += ["| setting | default | unit | what it is |", "|---|---|---|---|"]
+        lines += [
+            f"| `{setting.name}` | `{setting.default!r}` | {setting.metadata['unit']} | {setting.metadata['doc']} |"
+            for setting in fields(record)
+        ]
+    return "\n".join(lines) + "\n"
+
+
+if __name__ == "__main__":
+    target = Path(__file__).parent.parent / "docs" / "reference" / "settings.md"
+    target.write_text(page())
+    print(f"wrote {target}")
