@@ -45,6 +45,18 @@ class PageStrategy:
         """Bytes that one id of a state group takes from the pool."""
         return self.shape.state_page_bytes
 
+    def describe(self) -> str:
+        """What the states of a request take, in words."""
+        padding = self.state_page_bytes - self.state_bytes
+        if self.shape.states_per_block > 1:
+            where = f"{self.shape.states_per_block} requests share a block"
+        else:
+            where = f"{self.shape.state_page_blocks} blocks"
+        return (
+            f"{format_bytes(self.state_page_bytes)} a request ({where}), padded by "
+            f"{100 * padding / max(1, self.state_bytes):.2f} %"
+        )
+
     def to_dict(self) -> dict[str, object]:
         """JSON-ready values; waste in percent."""
         return {

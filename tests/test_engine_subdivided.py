@@ -6,7 +6,7 @@ from functools import cache
 
 import pytest
 
-from engine_setup import BACKENDS, DEVICE, spec_of
+from engine_setup import DEVICE, backend_named, spec_of
 from makeready.cache.capacity import PoolShape
 from makeready.cache.subdivided_pool import SubdividedPool
 from makeready.config import EngineConfig
@@ -34,8 +34,9 @@ def subdivided(
         page_strategy="subdivided",
         **options,
     )
-    chosen = {layer.layer: BACKENDS[backend] for layer in spec.attention_layers}
-    capabilities = {layer: backend.capabilities(DEVICE) for layer, backend in chosen.items()}
+    reader = backend_named(backend)
+    chosen = {layer.layer: reader for layer in spec.attention_layers}
+    capabilities = dict.fromkeys(chosen, reader.capabilities(DEVICE))
     ready = make_ready(config, plan_model(spec, CPU, capabilities, config, DEVICE), chosen, DEVICE)
     ready.cache.poison()
     return ready
