@@ -9,7 +9,7 @@ from typing import Any
 
 import click
 
-from .config import KV_CACHE_DTYPES, LAYOUTS, MAMBA_CACHE_MODES
+from .config import KV_CACHE_DTYPES, LAYOUTS, MAMBA_CACHE_MODES, PAGE_STRATEGIES
 from .device import parse_bytes
 from .errors import MakereadyError
 
@@ -42,17 +42,19 @@ _DECISIONS = _options(
         help=f"Dtype of K and V in the cache: {', '.join(KV_CACHE_DTYPES)}.",
     ),
     click.option(
-        "--layout", default="auto", show_default=True, help=f"Physical order of pages: {', '.join(LAYOUTS)}."
+        "--page-strategy",
+        default="auto",
+        show_default=True,
+        help=f"How states and attention share the pool: {', '.join(PAGE_STRATEGIES)} or auto.",
     ),
+    click.option("--layout", default="auto", show_default=True, help=f"Physical order of pages: {', '.join(LAYOUTS)}."),
     click.option(
         "--mamba-cache-mode",
         default="none",
         show_default=True,
         help=f"Where states are kept: {', '.join(MAMBA_CACHE_MODES)}.",
     ),
-    click.option(
-        "--mamba-block-size", type=int, help="Tokens between kept states (align, all). Respected or refused."
-    ),
+    click.option("--mamba-block-size", type=int, help="Tokens between kept states (align, all). Respected or refused."),
     click.option("--mamba-cache-dtype", default="auto", show_default=True, help="Dtype of convolution states."),
     click.option("--mamba-ssm-cache-dtype", default="auto", show_default=True, help="Dtype of recurrent states."),
     click.option("--dtype", default="auto", show_default=True, help="Dtype of weights and activations."),
@@ -156,9 +158,7 @@ def launch(
     from .engines.transformers.records import SamplingParams
     from .running import Launch, run
 
-    params = SamplingParams(
-        max_new_tokens=max_new_tokens, temperature=temperature, top_k=top_k, top_p=top_p, seed=seed
-    )
+    params = SamplingParams(max_new_tokens=max_new_tokens, temperature=temperature, top_k=top_k, top_p=top_p, seed=seed)
     texts = prompts or ("A function definition",)
     result = run(Launch(model=model, prompts=texts, params=params, explain=explain, quiet=as_json), _given(options))
     if as_json:

@@ -10,6 +10,7 @@ from typing import Any, Literal, TypeVar
 from .errors import ConfigError
 
 MambaCacheMode = Literal["none", "align", "all"]
+PAGE_STRATEGIES: tuple[str, ...] = ("unified", "subdivided")
 MAMBA_CACHE_MODES: tuple[str, ...] = ("none", "align", "all")
 DTYPES: tuple[str, ...] = ("float32", "bfloat16", "float16")
 KV_CACHE_DTYPES: tuple[str, ...] = (
@@ -48,6 +49,11 @@ class CacheConfig:
         None, "KV block size; checked and kept when given, else found in two phases", "tokens"
     )
     kv_cache_dtype: str = setting("auto", "dtype of K and V; auto takes the model's")
+    page_strategy: str = setting(
+        "auto",
+        "how states and attention share the pool: unified (a block grows until it holds a state), subdivided (blocks "
+        "stay small, states take runs of them), or auto, the one of those that the engine has which wastes less",
+    )
     layout: str = setting("auto", "physical order: NHD, HND, cross_layer_NHD or cross_layer_HND")
     memory_bytes: int | None = setting(None, "memory for the cache; None derives it", "bytes")
     memory_fraction: float = setting(
@@ -97,9 +103,7 @@ class DeviceConfig:
 
     platform: str | None = setting(None, "platform: cpu, cuda, xpu or a plugin's; None takes the best that probes")
     device_index: int = setting(0, "ordinal of the device")
-    device_memory_bytes: int | None = setting(
-        None, "total memory to assume instead of the probed one", "bytes"
-    )
+    device_memory_bytes: int | None = setting(None, "total memory to assume instead of the probed one", "bytes")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -107,9 +111,7 @@ class SchedulerConfig:
     """How many requests and tokens one step takes."""
 
     max_num_seqs: int = setting(8, "requests that run at the same time", "requests")
-    max_num_batched_tokens: int = setting(
-        512, "tokens of one step; longer prompts are prefilled in chunks", "tokens"
-    )
+    max_num_batched_tokens: int = setting(512, "tokens of one step; longer prompts are prefilled in chunks", "tokens")
     num_speculative_tokens: int = setting(0, "draft tokens per step that states must keep room for", "tokens")
 
 
@@ -163,6 +165,7 @@ class EngineConfig:
             _require_positive(option, value)
         _require_one_of("dtype", self.model.dtype, ("auto", *DTYPES))
         _require_one_of("kv_cache_dtype", cache.kv_cache_dtype, KV_CACHE_DTYPES)
+        _require_one_of("page_strategy", cache.page_strategy, ("auto", *PAGE_STRATEGIES))
         _require_one_of("layout", cache.layout, ("auto", *LAYOUTS))
         _require_one_of("mamba_cache_mode", cache.mamba_cache_mode, MAMBA_CACHE_MODES)
         _require_one_of("mamba_cache_dtype", cache.mamba_cache_dtype, ("auto", *DTYPES))

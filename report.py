@@ -97,11 +97,26 @@ def _headline(plan: Mapping[str, Any]) -> Iterable[tuple[str, str]]:
     if plan["state_raw_bytes"]:
         padding = plan["mamba_padding_pct"]
         padded = f", padded by {padding:.2f} %" if padding else ""
-        yield "state page", f"{format_bytes(plan['state_page_bytes'])} a layer{padded}"
+        if plan["page_strategy"] == "subdivided":
+            yield "state page", _state_page(plan)
+        else:
+            yield "state page", f"{format_bytes(plan['state_page_bytes'])} a layer{padded}"
         kept = plan["mamba_cache_mode"]
         every = f" every {plan['mamba_block_size']} tokens" if kept != "none" else ", one per request"
         yield "states kept", f"{kept}{every}"
+    yield (
+        "pages",
+        f"{plan['page_strategy']}; {plan['waste_estimate_pct']:.2f} % waste at {plan['waste_estimate_tokens']} tokens",
+    )
     yield "bytes per block", format_bytes(plan["pool_bytes_per_block"])
+
+
+def _state_page(plan: Mapping[str, Any]) -> str:
+    """All states of a request, which take blocks of their own or a share of one."""
+    taken, needed = plan["request_state_page_bytes"], plan["request_state_bytes"]
+    blocks, sharing = plan["state_page_blocks"], plan["states_per_block"]
+    where = f"{sharing} share a block" if sharing > 1 else f"{blocks} blocks"
+    return f"{format_bytes(taken)} a request ({where}), padded by {100 * (taken - needed) / needed:.2f} %"
 
 
 def _backends_of_layers(layers: Sequence[Mapping[str, Any]]) -> str:

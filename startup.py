@@ -9,7 +9,6 @@ from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 from .attention_backends.interface import AttentionBackend, Probe
-from .cache.capacity import useful_blocks
 from .config import EngineConfig
 from .device import DeviceFacts
 from .errors import ConfigError, PlatformError
@@ -18,7 +17,7 @@ from .platforms.backends import choose_backends
 from .platforms.interface import Platform
 from .platforms.known import plannable_platforms
 from .platforms.plan import Plan
-from .platforms.planning import block_size_request, plan_model
+from .platforms.planning import block_size_request, plan_model, without_idle_blocks
 from .platforms.ready import Ready, make_ready
 from .platforms.selection import select_platform
 from .plugins.manager import Plugins, load_plugins
@@ -123,10 +122,7 @@ def prepare(
     plugins = plugins or load_plugins()
     around = _surroundings_here(config, plugins)
     decided, backends = _decide(config, spec, around)
-    fitted = _without_idle_blocks(config, decided)
-    if fitted is not config:
-        decided, backends = _decide(fitted, spec, around)
-    ready = make_ready(fitted, decided, backends, around.device)
+    ready = make_ready(config, without_idle_blocks(decided, config), backends, around.device)
     for note in plugins.engine_startup(ready):
         ready = replace(ready, notes=(*ready.notes, f"{note.plugin}: {note.text}"))
     return ready
@@ -271,12 +267,3 @@ def _decide(
         refusals=(*around.refusals, *chosen.refusals),
     )
     return decided, chosen.by_layer
-
-
-def _without_idle_blocks(config: EngineConfig, plan: Plan) -> EngineConfig:
-    """Where memory was left to makeready: a pool no larger than ``max_num_seqs`` longest requests can hold."""
-    cache = config.cache
-    if plan.capacity is None or cache.num_blocks is not None or cache.memory_bytes is not None:
-        return config
-    useful = useful_blocks(plan.groups, plan.max_model_len, config.scheduler.max_num_seqs)
-    return replace(config, cache=replace(cache, num_blocks=min(useful, plan.capacity.num_blocks)))

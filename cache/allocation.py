@@ -8,7 +8,7 @@ import torch
 
 from ..device import format_bytes
 from ..errors import CapacityError, ConfigError, IntegrityError
-from .layout import NULL_BLOCK, CacheLayout, StridedView
+from .layout import NULL_BLOCK, Layout, StridedView
 from .specs import DTYPE_BYTES, LayerSpec
 from .staging import stage
 
@@ -38,12 +38,12 @@ class KVCache:
     What was never written is not defined, with one exception: the null block starts as zeros.
     """
 
-    def __init__(self, layout: CacheLayout, buffer: torch.Tensor) -> None:
+    def __init__(self, layout: Layout, buffer: torch.Tensor) -> None:
         self.layout = layout
         self.buffer = buffer
         self._key_value: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
         self._states: dict[int, tuple[torch.Tensor, ...]] = {}
-        self._words = self._blocks_as(next(w for w in _WORDS if layout.page_size_bytes % w.itemsize == 0))
+        self._pages = [self._widest_words(layout.group_pages(group.index)) for group in layout.groups]
         for layer in layout.layers():
             self._add_views(layer)
 
@@ -68,30 +68,20 @@ class KVCache:
             raise self._missing(layer, "a state", sorted(self._states)) from None
 
     def pages(self) -> torch.Tensor:
-        """Every page as bytes, whatever the order: uint8 (num_blocks, slots_per_block, page_size_bytes)."""
-        return self._blocks_as(torch.uint8)
+        """Every block as bytes, whatever the order: uint8 (num_blocks, pages, bytes)."""
+        view = self.layout.block_pages()
+        return self.buffer.as_strided(view.shape, view.strides, view.offset_bytes)
 
     def clear_blocks(self, group: int, block_ids: Sequence[int]) -> None:
-        """Zero the pages of ``group``'s layers in ``block_ids``; queued, the host does not wait.
+        """Zero what ``block_ids`` of ``group``'s block tables stand for; queued, the host does not wait.
 
         :raises IntegrityError: for a group or a block that this cache does not have; nothing is cleared then.
         """
-        if not 0 <= group < len(self.layout.groups):
-            raise IntegrityError(
-                f"group {group} is not one of the cache's {len(self.layout.groups)} groups",
-                value=group,
-                expected=f"0 to {len(self.layout.groups) - 1}",
-            )
-        for block_id in block_ids:
-            if not 0 <= block_id < self.layout.num_blocks:
-                raise IntegrityError(
-                    f"block {block_id} cannot be cleared: the cache has {self.layout.num_blocks} blocks",
-                    value=block_id,
-                    expected=f"0 to {self.layout.num_blocks - 1}",
-                )
-        if block_ids:
-            pages = self._words[:, : len(self.layout.groups[group].layers)]
-            pages.index_fill_(0, stage(block_ids, torch.int64, self.buffer.device), 0)
+        self._fill(group, block_ids, 0)
+
+    def poison_blocks(self, group: int, block_ids: Sequence[int]) -> None:
+        """The same with 0xFF, NaN in every float dtype: a debugging aid."""
+        self._fill(group, block_ids, -1)
 
     def poison(self) -> None:
         """Fill the whole buffer, null block included, with 0xFF: NaN in every float dtype, for tests."""
@@ -108,11 +98,32 @@ class KVCache:
     def _tensor(self, view: StridedView) -> torch.Tensor:
         return self.buffer.view(torch_dtype(view.dtype)).as_strided(view.shape, view.strides, view.offset)
 
-    def _blocks_as(self, dtype: torch.dtype) -> torch.Tensor:
-        layout, size = self.layout, dtype.itemsize
-        shape = (layout.num_blocks, layout.slots_per_block, layout.page_size_bytes // size)
-        strides = (layout.block_stride_bytes // size, layout.slot_stride_bytes // size, 1)
-        return self.buffer.view(dtype).as_strided(shape, strides)
+    def _fill(self, group: int, block_ids: Sequence[int], word: int) -> None:
+        if not 0 <= group < len(self._pages):
+            raise IntegrityError(
+                f"group {group} is not one of the cache's {len(self._pages)} groups",
+                value=group,
+                expected=f"0 to {len(self._pages) - 1}",
+            )
+        pages = self._pages[group]
+        for block_id in block_ids:
+            if not 0 <= block_id < len(pages):
+                raise IntegrityError(
+                    f"block {block_id} cannot be cleared: the cache has {len(pages)} blocks",
+                    value=block_id,
+                    expected=f"0 to {len(pages) - 1}",
+                )
+        if block_ids:
+            word = word if pages.dtype.is_signed else word % 256
+            pages.index_fill_(0, stage(block_ids, torch.int64, self.buffer.device), word)
+
+    def _widest_words(self, view: StridedView) -> torch.Tensor:
+        """Bytes as the widest words that they are a whole number of: fewer of them to fill."""
+        parts = (view.offset_bytes, *view.strides[:2], view.shape[2], self.buffer.numel())
+        word = next(word for word in _WORDS if all(part % word.itemsize == 0 for part in parts))
+        size = word.itemsize
+        shape, strides = (*view.shape[:2], view.shape[2] // size), (*(s // size for s in view.strides[:2]), 1)
+        return self.buffer.view(word).as_strided(shape, strides, view.offset_bytes // size)
 
     def _missing(self, layer: int, what: str, there: list[int]) -> ConfigError:
         return ConfigError(
@@ -123,7 +134,7 @@ class KVCache:
         )
 
 
-def allocate(layout: CacheLayout, device: torch.device) -> KVCache:
+def allocate(layout: Layout, device: torch.device) -> KVCache:
     """The cache on ``device``: ``layout.total_bytes`` bytes of it, with only the null block cleared.
 
     :raises CapacityError: when the device does not have that much memory.

@@ -15,6 +15,50 @@ NULL_BLOCKS = 1
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class PoolShape:
+    """How states and attention share one pool of equal blocks.
+
+    One of ``state_page_blocks`` and ``states_per_block`` is 1. Both are where a state takes a block like any other
+    (unified pages).
+    """
+
+    block_bytes: int
+    """Bytes of one block."""
+    state_page_blocks: int = 1
+    """Blocks that one state takes; they start at a multiple of this number."""
+    states_per_block: int = 1
+    """States that share one block."""
+
+    @property
+    def state_page_bytes(self) -> int:
+        """Bytes that one state takes from the pool."""
+        return self.block_bytes * self.state_page_blocks // self.states_per_block
+
+    def blocks(self, states: int, blocks: int) -> int:
+        """Blocks that ``states`` states and ``blocks`` blocks of attention take away from others."""
+        return -(-states // self.states_per_block) * self.state_page_blocks + blocks
+
+    def num_state_pages(self, num_blocks: int) -> int:
+        """Whole state pages in a pool, the first, which holds the null block, included."""
+        return num_blocks // self.state_page_blocks
+
+    def fits(self, num_blocks: int, states: int, blocks: int) -> bool:
+        """Whether an empty pool holds that many at the same time.
+
+        The rest of the null block's state page, and what is left over at the end, serve attention only.
+        """
+        pages = -(-states // self.states_per_block)
+        enough_pages = pages == 0 or pages < self.num_state_pages(num_blocks)
+        return enough_pages and self.blocks(states, blocks) + NULL_BLOCKS <= num_blocks
+
+    def least_blocks(self, states: int, blocks: int) -> int:
+        """Blocks of the smallest pool that holds that many at the same time, the null block included."""
+        pages = -(-states // self.states_per_block)
+        whole = (pages + 1) * self.state_page_blocks if pages else 0
+        return max(whole, self.blocks(states, blocks) + NULL_BLOCKS)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Capacity:
     """What a memory budget gives."""
 
@@ -63,22 +107,31 @@ class Holding:
         return blocks
 
     def request_blocks(self, groups: Sequence[LayerGroup], num_tokens: int) -> int:
-        """Blocks of all groups that a request of ``num_tokens`` tokens holds."""
-        return sum(self.group_blocks(group, num_tokens) for group in groups)
+        """Ids of all groups that a request of ``num_tokens`` tokens holds."""
+        return sum(self.request_need(groups, num_tokens))
 
-    def request_bytes(self, groups: Sequence[LayerGroup], bytes_per_block: int, num_tokens: int) -> int:
+    def request_need(self, groups: Sequence[LayerGroup], num_tokens: int) -> tuple[int, int]:
+        """States, and blocks of attention, that a request of ``num_tokens`` tokens holds."""
+        states = sum(self.group_blocks(group, num_tokens) for group in groups if group.is_state)
+        blocks = sum(self.group_blocks(group, num_tokens) for group in groups if not group.is_state)
+        return states, blocks
+
+    def request_bytes(self, groups: Sequence[LayerGroup], shape: PoolShape, num_tokens: int) -> int:
         """Memory of a pool, in bytes, in which one request of ``num_tokens`` tokens fits."""
-        return (self.request_blocks(groups, num_tokens) + NULL_BLOCKS) * bytes_per_block
+        return shape.least_blocks(*self.request_need(groups, num_tokens)) * shape.block_bytes
 
 
-def useful_blocks(groups: Sequence[LayerGroup], max_model_len: int, max_num_seqs: int) -> int:
+def useful_blocks(
+    groups: Sequence[LayerGroup], shape: PoolShape, max_model_len: int, max_num_seqs: int, holding: Holding
+) -> int:
     """Blocks that ``max_num_seqs`` requests of ``max_model_len`` tokens hold, and the null block: never more."""
-    return max_num_seqs * Holding().request_blocks(groups, max_model_len) + NULL_BLOCKS
+    states, blocks = holding.request_need(groups, max_model_len)
+    return shape.least_blocks(max_num_seqs * states, max_num_seqs * blocks)
 
 
 def plan_capacity(
     groups: Sequence[LayerGroup],
-    bytes_per_block: int,
+    shape: PoolShape,
     *,
     memory_bytes: int | None = None,
     num_blocks: int | None = None,
@@ -96,35 +149,55 @@ def plan_capacity(
             raise CapacityError(
                 "neither memory_bytes nor num_blocks is known; give one", option="memory_bytes", expected="a size"
             )
-        option, budget, total = "memory_bytes", memory_bytes, memory_bytes // bytes_per_block
+        option, budget, total = "memory_bytes", memory_bytes, memory_bytes // shape.block_bytes
         said = f"{format_bytes(budget)} of cache memory"
     else:
-        option, budget, total = "num_blocks", num_blocks * bytes_per_block, num_blocks
+        option, budget, total = "num_blocks", num_blocks * shape.block_bytes, num_blocks
         said = f"num_blocks {num_blocks}"
-    least = holding.request_blocks(groups, 1)
-    if total - NULL_BLOCKS < least:
-        blocks = least + NULL_BLOCKS
+    needs = {n: holding.request_need(groups, n) for n in {1, *lengths}}
+    if not shape.fits(total, *needs[1]):
+        blocks = shape.least_blocks(*needs[1])
         raise CapacityError(
-            f"{said} cannot hold one request: {len(groups)} layer groups need a block of "
-            f"{format_bytes(bytes_per_block)} each and one block is the null block, so at least {blocks} blocks or "
-            f"{format_bytes(blocks * bytes_per_block)} ({blocks * bytes_per_block} bytes) are needed",
+            f"{said} cannot hold one request: {_needs_words(groups, shape)} and one block is the null block, so at "
+            f"least {blocks} blocks or {format_bytes(blocks * shape.block_bytes)} ({blocks * shape.block_bytes} "
+            "bytes) are needed",
             option=option,
             value=memory_bytes if num_blocks is None else num_blocks,
-            expected=blocks * bytes_per_block if num_blocks is None else blocks,
+            expected=blocks * shape.block_bytes if num_blocks is None else blocks,
         )
-    usable = total - NULL_BLOCKS
     return Capacity(
         memory_bytes=budget,
         num_blocks=total,
-        max_tokens=_longest(lambda n: holding.request_blocks(groups, n) <= usable, max_model_len),
-        floor_bytes_per_request=least * bytes_per_block,
-        concurrency=MappingProxyType({n: usable // holding.request_blocks(groups, n) for n in lengths}),
+        max_tokens=_largest(lambda n: shape.fits(total, *holding.request_need(groups, n)), 1, max_model_len),
+        floor_bytes_per_request=_bytes_taken(shape, *needs[1]),
+        concurrency=MappingProxyType({n: _at_one_time(shape, total, *needs[n]) for n in lengths}),
     )
 
 
-def _longest(fits: Callable[[int], bool], limit: int) -> int:
-    """The largest length up to ``limit`` that fits; one token does, and a longer request never needs less."""
-    low, high = 1, limit
+def _at_one_time(shape: PoolShape, num_blocks: int, states: int, blocks: int) -> int:
+    """Requests of equal need that a pool of ``num_blocks`` holds."""
+    most = num_blocks // max(1, blocks) if blocks else num_blocks * shape.states_per_block // max(1, states)
+    return _largest(lambda count: shape.fits(num_blocks, count * states, count * blocks), 0, most)
+
+
+def _bytes_taken(shape: PoolShape, states: int, blocks: int) -> int:
+    return states * shape.state_page_bytes + blocks * shape.block_bytes
+
+
+def _needs_words(groups: Sequence[LayerGroup], shape: PoolShape) -> str:
+    block = format_bytes(shape.block_bytes)
+    if shape.state_page_blocks == 1:
+        return f"{len(groups)} layer groups need a block of {block} each"
+    attention = sum(not group.is_state for group in groups)
+    return (
+        f"{attention} groups of attention layers need a block of {block} each, a state needs "
+        f"{shape.state_page_blocks} blocks"
+    )
+
+
+def _largest(fits: Callable[[int], bool], least: int, limit: int) -> int:
+    """The largest number up to ``limit`` that fits; ``least`` does, and a larger number never needs less."""
+    low, high = least, limit
     while low < high:
         middle = (low + high + 1) // 2
         if fits(middle):

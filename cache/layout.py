@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 from math import prod
+from typing import Protocol
 
 from ..config import LAYOUTS
 from ..errors import ConfigError
+from .capacity import PoolShape
 from .specs import DTYPE_BYTES, AttentionSpec, LayerGroup, LayerSpec, MambaSpec, dtype_bytes
 
 NULL_BLOCK = 0
@@ -42,6 +44,49 @@ class StridedView:
     def end_bytes(self) -> int:
         """The byte after the last one that the view reaches."""
         return self.offset_bytes + self.span * dtype_bytes(self.dtype)
+
+
+class Layout(Protocol):
+    """Where a cache's numbers lie, whatever the page strategy: what allocation, pools and engines ask."""
+
+    @property
+    def order(self) -> str:
+        """One of ``config.LAYOUTS``."""
+
+    @property
+    def num_blocks(self) -> int:
+        """Blocks in the buffer, the null block included."""
+
+    @property
+    def block_size(self) -> int:
+        """Tokens of one block of every attention group."""
+
+    @property
+    def groups(self) -> tuple[LayerGroup, ...]:
+        """Group ``i`` has index ``i``."""
+
+    @property
+    def shape(self) -> PoolShape:
+        """How states and attention share the pool."""
+
+    @property
+    def total_bytes(self) -> int:
+        """Bytes of the buffer."""
+
+    def layers(self) -> Iterator[LayerSpec]:
+        """Every layer, group after group."""
+
+    def attention_view(self, layer: LayerSpec) -> tuple[StridedView, StridedView]:
+        """K (num_blocks, block_size, Hk, D) and V (num_blocks, block_size, Hk, Dv) of an attention layer."""
+
+    def state_views(self, layer: LayerSpec) -> tuple[StridedView, ...]:
+        """State tensors of a state layer, (ids, ...) each."""
+
+    def block_pages(self) -> StridedView:
+        """Every block of the pool: uint8 (num_blocks, pages, bytes)."""
+
+    def group_pages(self, group: int) -> StridedView:
+        """What the ids in the block tables of ``group`` stand for: uint8 (ids, pages, bytes)."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -100,6 +145,11 @@ class CacheLayout:
         return self.slots_per_block * self.page_size_bytes
 
     @property
+    def shape(self) -> PoolShape:
+        """A state takes a block, as attention does."""
+        return PoolShape(block_bytes=self.block_bytes)
+
+    @property
     def total_bytes(self) -> int:
         """Bytes of the buffer."""
         return self.num_blocks * self.block_bytes
@@ -149,49 +199,106 @@ class CacheLayout:
 
         :raises ConfigError: for a state layer, a layer in no group, or a dtype whose pages also hold scales.
         """
-        spec = layer.spec
-        if isinstance(spec, MambaSpec):
-            message = f"{_name(layer)} keeps a state, not K and V"
-            raise _refuse("layer", layer.layer, message, "an attention layer")
-        if spec.dtype not in DTYPE_BYTES:
-            message = f"{_name(layer)} stores {spec.dtype}, whose pages also hold scales: no plain K and V"
-            raise _refuse("kv_cache_dtype", spec.dtype, message, list(DTYPE_BYTES))
         _, slot = self.place(layer)
-        block_stride = self.block_stride_bytes // dtype_bytes(spec.dtype)
-        heads, tokens = spec.num_kv_heads, self.block_size
-
-        def view(width: int, first: int) -> StridedView:
-            row = heads * (spec.head_size + spec.head_size_v)
-            inner = (width, tokens * width, 1) if self.heads_before_tokens else (row, width, 1)
-            return StridedView(
-                offset_bytes=self.page_offset(0, slot) + first * dtype_bytes(spec.dtype),
-                shape=(self.num_blocks, tokens, heads, width),
-                strides=(block_stride, *inner),
-                dtype=spec.dtype,
-            )
-
-        before_value = heads * spec.head_size * (tokens if self.heads_before_tokens else 1)
-        return view(spec.head_size, 0), view(spec.head_size_v, before_value)
+        return key_value_views(
+            layer,
+            offset_bytes=self.page_offset(0, slot),
+            num_blocks=self.num_blocks,
+            block_size=self.block_size,
+            block_stride_bytes=self.block_stride_bytes,
+            heads_before_tokens=self.heads_before_tokens,
+        )
 
     def state_views(self, layer: LayerSpec) -> tuple[StridedView, ...]:
         """State tensors of a state layer: (num_blocks, ...) each, one after the other inside the page.
 
         :raises ConfigError: for an attention layer, or a layer that is in no group.
         """
-        spec = layer.spec
-        if isinstance(spec, AttentionSpec):
-            message = f"{_name(layer)} keeps K and V, not a state"
-            raise _refuse("layer", layer.layer, message, "a state layer")
+        states = states_of(layer)
         _, slot = self.place(layer)
-        return tuple(
-            StridedView(
-                offset_bytes=self.page_offset(0, slot) + first,
-                shape=(self.num_blocks, *state.shape),
-                strides=(self.block_stride_bytes // dtype_bytes(state.dtype), *_contiguous(state.shape)),
-                dtype=state.dtype,
-            )
-            for state, first in zip(spec.states, _state_offsets(spec), strict=False)
+        offsets = _state_offsets(states)[:-1]
+        return strided_states(
+            states, [self.page_offset(0, slot) + first for first in offsets], self.num_blocks, self.block_stride_bytes
         )
+
+    def block_pages(self) -> StridedView:
+        """Every page of every block: uint8 (num_blocks, slots_per_block, page_size_bytes)."""
+        return self._pages(self.slots_per_block)
+
+    def group_pages(self, group: int) -> StridedView:
+        """The pages of ``group``'s layers: uint8 (num_blocks, layers of the group, page_size_bytes)."""
+        return self._pages(len(self.groups[group].layers))
+
+    def _pages(self, slots: int) -> StridedView:
+        return StridedView(
+            offset_bytes=0,
+            shape=(self.num_blocks, slots, self.page_size_bytes),
+            strides=(self.block_stride_bytes, self.slot_stride_bytes, 1),
+            dtype="uint8",
+        )
+
+
+def key_value_views(
+    layer: LayerSpec,
+    *,
+    offset_bytes: int,
+    num_blocks: int,
+    block_size: int,
+    block_stride_bytes: int,
+    heads_before_tokens: bool,
+) -> tuple[StridedView, StridedView]:
+    """K and V of an attention layer whose page in block ``b`` starts at ``offset_bytes + b * block_stride_bytes``.
+
+    :raises ConfigError: for a state layer, or a dtype whose pages also hold scales.
+    """
+    spec = layer.spec
+    if isinstance(spec, MambaSpec):
+        message = f"{_name(layer)} keeps a state, not K and V"
+        raise _refuse("layer", layer.layer, message, "an attention layer")
+    if spec.dtype not in DTYPE_BYTES:
+        message = f"{_name(layer)} stores {spec.dtype}, whose pages also hold scales: no plain K and V"
+        raise _refuse("kv_cache_dtype", spec.dtype, message, list(DTYPE_BYTES))
+    size, heads, dtype = dtype_bytes(spec.dtype), spec.num_kv_heads, spec.dtype
+
+    def view(width: int, first: int) -> StridedView:
+        row = heads * (spec.head_size + spec.head_size_v)
+        inner = (width, block_size * width, 1) if heads_before_tokens else (row, width, 1)
+        return StridedView(
+            offset_bytes=offset_bytes + first * size,
+            shape=(num_blocks, block_size, heads, width),
+            strides=(block_stride_bytes // size, *inner),
+            dtype=dtype,
+        )
+
+    before_value = heads * spec.head_size * (block_size if heads_before_tokens else 1)
+    return view(spec.head_size, 0), view(spec.head_size_v, before_value)
+
+
+def states_of(layer: LayerSpec) -> MambaSpec:
+    """What a state layer keeps.
+
+    :raises ConfigError: for an attention layer.
+    """
+    if isinstance(layer.spec, AttentionSpec):
+        message = f"{_name(layer)} keeps K and V, not a state"
+        raise _refuse("layer", layer.layer, message, "a state layer")
+    return layer.spec
+
+
+def strided_states(spec: MambaSpec, offsets: Sequence[int], count: int, stride_bytes: int) -> tuple[StridedView, ...]:
+    """State tensors of ``spec``, (count, ...) each; tensor ``i`` of state ``s`` at ``offsets[i] + s * stride_bytes``.
+
+    All in bytes, from the start of the buffer.
+    """
+    return tuple(
+        StridedView(
+            offset_bytes=first,
+            shape=(count, *state.shape),
+            strides=(stride_bytes // dtype_bytes(state.dtype), *_contiguous(state.shape)),
+            dtype=state.dtype,
+        )
+        for state, first in zip(spec.states, offsets, strict=True)
+    )
 
 
 def _contiguous(shape: tuple[int, ...]) -> tuple[int, ...]:

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections import OrderedDict
 from collections.abc import Hashable, Sequence
 
 from ..errors import CapacityError, ConfigError, IntegrityError
+from .free_queue import FreeQueue, LeastRecentlyUsed
 from .layout import NULL_BLOCK
 
 
@@ -18,10 +18,15 @@ class BlockPool:
     asked or raises and changes nothing. Not for use from several threads at once.
 
     :param num_blocks: blocks in the buffer, the null block included.
+    :param free: the free blocks, where they are not each by itself.
+    :param first: ids below this one belong to the null block.
+    :param noun: what errors call a block.
     :raises ConfigError: for fewer than two blocks.
     """
 
-    def __init__(self, num_blocks: int) -> None:
+    def __init__(
+        self, num_blocks: int, *, free: FreeQueue | None = None, first: int = NULL_BLOCK + 1, noun: str = "block"
+    ) -> None:
         if num_blocks < 2:
             raise ConfigError(
                 f"num_blocks {num_blocks} leaves nothing to hand out: block {NULL_BLOCK} is the null block",
@@ -30,7 +35,9 @@ class BlockPool:
                 expected=">= 2",
             )
         self.num_blocks = num_blocks
-        self._free: OrderedDict[int, None] = OrderedDict.fromkeys(range(1, num_blocks))
+        self._first = first
+        self._noun = noun
+        self._free: FreeQueue = LeastRecentlyUsed(range(first, num_blocks)) if free is None else free
         self._owners: list[tuple[str, ...]] = [()] * num_blocks
         self._stamps = [0] * num_blocks
         self._block_of_key: dict[Hashable, int] = {}
@@ -39,7 +46,7 @@ class BlockPool:
     @property
     def capacity(self) -> int:
         """Blocks that can be held at the same time: all but the null block."""
-        return self.num_blocks - 1
+        return self.num_blocks - self._first
 
     @property
     def num_free(self) -> int:
@@ -65,7 +72,12 @@ class BlockPool:
                 value=count,
                 expected=f"<= {self.num_free}",
             )
-        return [self._hand_out(owner) for _ in range(count)]
+        block_ids = self._free.take(count)
+        self.overwrite(block_ids)
+        held_by = (owner,)
+        for block_id in block_ids:
+            self._owners[block_id] = held_by
+        return block_ids
 
     def touch(self, block_ids: Sequence[int], owner: str) -> None:
         """Let ``owner`` share ``block_ids``: held blocks, or cached free ones, which then are free no more.
@@ -79,7 +91,7 @@ class BlockPool:
             if not self._owners[block_id] and block_id not in self._key_of_block:
                 raise self._fault(block_id, owner, "is touched while it is free and holds nothing by any key")
         for block_id in block_ids:
-            self._free.pop(block_id, None)
+            self._free.discard(block_id)
             self._owners[block_id] += (owner,)
 
     def free(self, block_ids: Sequence[int], owner: str) -> None:
@@ -95,7 +107,7 @@ class BlockPool:
         for block_id in block_ids:
             self._owners[block_id] = tuple(name for name in self._owners[block_id] if name != owner)
             if not self._owners[block_id]:
-                self._free[block_id] = None
+                self._free.add(block_id)
 
     def owners(self, block_id: int) -> tuple[str, ...]:
         """Who holds ``block_id``, in the order they came; empty when it is free.
@@ -156,42 +168,43 @@ class BlockPool:
         """Find the block under ``key``, held or free; :meth:`touch` it before the next :meth:`allocate`."""
         return self._block_of_key.get(key)
 
+    def overwrite(self, block_ids: Sequence[int]) -> None:
+        """Forget what free blocks held: their memory serves something else from now on."""
+        for block_id in block_ids:
+            self._stamps[block_id] += 1
+        for block_id in block_ids if self._key_of_block else ():
+            if block_id in self._key_of_block:
+                del self._block_of_key[self._key_of_block.pop(block_id)]
+
     def check_integrity(self) -> None:
         """Recount everything.
 
         :raises IntegrityError: if a block is lost, handed out twice, or its key leads elsewhere.
         """
         for block_id, held_by in enumerate(self._owners):
-            is_free, should_be = block_id in self._free, not held_by and block_id != NULL_BLOCK
-            if is_free != should_be:
+            is_free, should_be = block_id in self._free, not held_by and block_id >= self._first
+            if is_free != should_be and not (should_be and self._free.is_lent(block_id)):
                 problem = "is in the free queue" if is_free else "is lost: not in the free queue"
                 raise self._fault(block_id, ", ".join(held_by) or "nobody", problem)
             if len(set(held_by)) != len(held_by):
                 raise self._fault(block_id, ", ".join(held_by), "is held twice by one owner")
         if self._owners[NULL_BLOCK] or NULL_BLOCK in self._key_of_block:
             raise self._fault(NULL_BLOCK, ", ".join(self._owners[NULL_BLOCK]), "is the null block")
-        if self._free.keys() - set(range(1, self.num_blocks)):
+        if set(self._free) - set(range(self._first, self.num_blocks)):
             raise IntegrityError("the free queue holds ids that are no blocks", value=self.num_free)
         if {block: key for key, block in self._block_of_key.items()} != self._key_of_block:
             raise IntegrityError("keys and blocks do not lead to each other", value=len(self._block_of_key))
 
-    def _hand_out(self, owner: str) -> int:
-        block_id, _ = self._free.popitem(last=False)
-        if block_id in self._key_of_block:
-            del self._block_of_key[self._key_of_block.pop(block_id)]
-        self._owners[block_id] = (owner,)
-        self._stamps[block_id] += 1
-        return block_id
-
     def _check_ids(self, block_ids: Sequence[int], owner: str) -> None:
         for block_id in block_ids:
-            if block_id == NULL_BLOCK:
+            if 0 <= block_id < self._first:
                 raise self._fault(block_id, owner, "is the null block, which nobody owns")
             if not 0 < block_id < self.num_blocks:
-                raise self._fault(block_id, owner, f"is unknown: the pool has blocks 1 to {self.capacity}")
+                there = f"{self._noun}s {self._first} to {self.num_blocks - 1}"
+                raise self._fault(block_id, owner, f"is unknown: the pool has {there}")
         if len(set(block_ids)) != len(block_ids):
             twice = next(b for i, b in enumerate(block_ids) if b in block_ids[:i])
             raise self._fault(twice, owner, "is named twice in one call")
 
     def _fault(self, block_id: int, owner: str, problem: str) -> IntegrityError:
-        return IntegrityError(f"block {block_id} {problem} (by {owner!r})", option="block_id", value=block_id)
+        return IntegrityError(f"{self._noun} {block_id} {problem} (by {owner!r})", option="block_id", value=block_id)

@@ -36,6 +36,11 @@ def dtype_bytes(name: str) -> int:
         ) from None
 
 
+def is_plain(name: str) -> bool:
+    """Whether every element of dtype ``name`` is stored by itself, without scales."""
+    return name in DTYPE_BYTES
+
+
 def resolve_kv_cache_dtype(kv_cache_dtype: str, model_dtype: str) -> str:
     """The stored dtype: ``auto`` is the model's, ``fp8`` is e4m3."""
     return {"auto": model_dtype, "fp8": "fp8_e4m3"}.get(kv_cache_dtype, kv_cache_dtype)

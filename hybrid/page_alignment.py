@@ -17,7 +17,7 @@ MLA_ALIGNMENT = 128
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class UnifiedPages:
+class Pages:
     """Pages of a model once its block size is known; all in bytes."""
 
     attention_bytes_per_token: int
@@ -25,8 +25,10 @@ class UnifiedPages:
     attention_page_bytes: int
     state_raw_bytes: int
     """Of the largest state; 0 without states."""
+    state_page_bytes: int
+    """What the largest state takes; 0 without states."""
     page_bytes: int
-    """The one page size of the pool."""
+    """The one page size of the pool; of attention, where states have pages of their own."""
     mamba_page_size_padded: int | None
     """What states are padded to; ``None`` where the largest fills its page, or there are none."""
 
@@ -57,16 +59,31 @@ def alignment_preferences(attention: Iterable[AttentionSpec], phase1_block_size:
     return tuple(wishes)
 
 
-def unified_pages(attention: Iterable[AttentionSpec], states: Iterable[MambaSpec], block_size: int) -> UnifiedPages:
+def unified_pages(attention: Iterable[AttentionSpec], states: Iterable[MambaSpec], block_size: int) -> Pages:
     """The pages at ``block_size``, which satisfies :func:`state_constraints`."""
     per_token, state = bytes_per_token(attention), largest_state(states)
     raw = state.state_bytes if state is not None else 0
     attention_page = per_token * block_size
     page = max(attention_page, raw)
-    return UnifiedPages(
+    return Pages(
         attention_bytes_per_token=per_token,
         attention_page_bytes=attention_page,
         state_raw_bytes=raw,
+        state_page_bytes=page if state is not None else 0,
         page_bytes=page,
         mamba_page_size_padded=page if state is not None and raw != page else None,
+    )
+
+
+def separate_pages(attention: Iterable[AttentionSpec], states: Iterable[MambaSpec], block_size: int) -> Pages:
+    """The pages at ``block_size`` where states do not lie in blocks of attention, and are not padded one by one."""
+    per_token, state = bytes_per_token(attention), largest_state(states)
+    raw = state.state_bytes if state is not None else 0
+    return Pages(
+        attention_bytes_per_token=per_token,
+        attention_page_bytes=per_token * block_size,
+        state_raw_bytes=raw,
+        state_page_bytes=raw,
+        page_bytes=per_token * block_size,
+        mamba_page_size_padded=None,
     )

@@ -32,6 +32,10 @@ class BlockSizeRequest:
     """Longest sequence, in tokens."""
     prefill_checkpoint_alignment: int | None = None
     """Tokens: state kernels can only stop at multiples of this (FlashInfer's gated delta net: 64)."""
+    page_strategy: str = "unified"
+    """``unified``: a block holds the largest state. ``subdivided``: states take blocks of their own."""
+    state_tokens: int = 1
+    """Tokens whose K and V, over all layers, take as much memory as all states of a request."""
     extra_constraints: tuple[Constraint, ...] = ()
     """What plugins add."""
 
@@ -47,7 +51,7 @@ class BlockSizeDecision:
     attention_page_bytes: int
     state_raw_bytes: int
     state_page_bytes: int
-    """Page of every layer in the pool where there are states, in bytes; 0 without states."""
+    """What the largest state takes of the pool, in bytes; 0 without states. Subdivided pages do not pad it."""
     mamba_page_size_padded: int | None
     """What states are padded to; ``None`` where the largest fills its page exactly."""
     mamba_block_size: int | None
@@ -55,7 +59,8 @@ class BlockSizeDecision:
     mamba_cache_mode: str
     phase1_block_size: int
     page_bytes: int
-    """The one page size of the pool."""
+    """The one page size of the pool; with subdivided pages, that of the widest attention layer."""
+    page_strategy: str
     constraints: tuple[Constraint, ...]
     """Everything that had to hold for ``block_size``."""
     reasons: tuple[str, ...]

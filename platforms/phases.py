@@ -22,9 +22,10 @@ from ..cache.block_size import (
 )
 from ..errors import BlockSizeError, ConfigError
 from ..hybrid.page_alignment import (
-    UnifiedPages,
+    Pages,
     alignment_preferences,
     largest_state,
+    separate_pages,
     state_constraints,
     unified_pages,
 )
@@ -54,23 +55,31 @@ def decide(
         check(request.block_size, hard)
     phase1 = _phase1(request, backends, kernels, platform, default_block_size, reasons)
     block_size = _phase2(request, phase1, hard, reasons)
-    pages = unified_pages(request.attention, request.states, block_size)
-    _explain_pages(request, pages, block_size, reasons)
+    if _subdivides(request):
+        pages = separate_pages(request.attention, request.states, block_size)
+    else:
+        pages = unified_pages(request.attention, request.states, block_size)
+        _explain_pages(request, pages, block_size, reasons)
     return BlockSizeDecision(
         block_size=block_size,
         kernel_block_sizes=MappingProxyType({b.name: kernel_block_size(b, block_size) for b in backends}),
         attention_bytes_per_token=pages.attention_bytes_per_token,
         attention_page_bytes=pages.attention_page_bytes,
         state_raw_bytes=pages.state_raw_bytes,
-        state_page_bytes=pages.page_bytes if request.states else 0,
+        state_page_bytes=pages.state_page_bytes,
         mamba_page_size_padded=pages.mamba_page_size_padded,
         mamba_block_size=_mamba_block_size(request, block_size, reasons),
         mamba_cache_mode=request.mamba_cache_mode,
         phase1_block_size=phase1,
         page_bytes=pages.page_bytes,
+        page_strategy=request.page_strategy,
         constraints=hard,
         reasons=tuple(reasons),
     )
+
+
+def _subdivides(request: BlockSizeRequest) -> bool:
+    return request.page_strategy == "subdivided"
 
 
 def _distinct(backends: Iterable[Capabilities]) -> tuple[Capabilities, ...]:
@@ -102,7 +111,7 @@ def _phase1(
 
 def _phase2_constraints(request: BlockSizeRequest) -> tuple[Constraint, ...]:
     """What states ask for, hard."""
-    rules = [*state_constraints(request.attention, request.states)]
+    rules = [] if _subdivides(request) else [*state_constraints(request.attention, request.states)]
     if not request.states or request.mamba_cache_mode == "none":
         return tuple(rules)
     if request.prefill_checkpoint_alignment is not None:
@@ -122,7 +131,10 @@ def _phase2(request: BlockSizeRequest, phase1: int, hard: tuple[Constraint, ...]
         return request.block_size
     if not request.attention:
         reasons.append("phase 2: the model has no attention; a page is a state and the block size counts nothing.")
-    wished = checked([*hard, *alignment_preferences(request.attention, phase1)])
+    if _subdivides(request):
+        wished = checked([*hard, MultipleOf(phase1, owner="the phase 1 block size")])
+    else:
+        wished = checked([*hard, *alignment_preferences(request.attention, phase1)])
     size = smallest_accepted(wished, phase1)
     if size is None:
         size, wished = solve(hard), hard
@@ -132,7 +144,8 @@ def _phase2(request: BlockSizeRequest, phase1: int, hard: tuple[Constraint, ...]
         )
     if request.attention:
         rules = "; ".join(f"{rule.owner} needs {rule.describe()}" for rule in wished)
-        reasons.append(f"phase 2: {rules}; the smallest block that suits all is {size}.")
+        free = "pages are subdivided, so that no block has to hold a state; " if _subdivides(request) else ""
+        reasons.append(f"phase 2: {free}{rules}; the smallest block that suits all is {size}.")
     return size
 
 
@@ -191,11 +204,18 @@ def _mamba_block_size(request: BlockSizeRequest, block_size: int, reasons: list[
             f"{request.mamba_block_size // block_size} blocks of {block_size}."
         )
         return request.mamba_block_size
+    if _subdivides(request):
+        step = -(-max(1, request.state_tokens) // block_size) * block_size
+        reasons.append(
+            f"states: kept every {step} tokens, {step // block_size} blocks of {block_size}, whose K and V take as "
+            "much memory as the states."
+        )
+        return step
     reasons.append(f"states: kept at every block boundary, each {block_size} tokens.")
     return block_size
 
 
-def _explain_pages(request: BlockSizeRequest, pages: UnifiedPages, block_size: int, reasons: list[str]) -> None:
+def _explain_pages(request: BlockSizeRequest, pages: Pages, block_size: int, reasons: list[str]) -> None:
     state = largest_state(request.states)
     if state is None or not request.attention:
         return

@@ -11,6 +11,7 @@ from ..device import format_bytes
 from ..hybrid.model_specs import ModelSpec
 from ..hybrid.page_alignment import largest_state
 from .decision import BlockSizeDecision
+from .page_strategies import PageStrategy
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -32,6 +33,7 @@ class Plan:
     model: ModelSpec
     platform: str
     decision: BlockSizeDecision
+    strategy: PageStrategy
     groups: tuple[LayerGroup, ...]
     layers: tuple[PlannedLayer, ...]
     slots_per_block: int
@@ -84,6 +86,7 @@ class Plan:
             "mamba_block_size": decision.mamba_block_size,
             "mamba_cache_mode": decision.mamba_cache_mode,
             "page_bytes": decision.page_bytes,
+            **self.strategy.to_dict(),
             "pages_equal": self._pages_equal(),
             "slots_per_block": self.slots_per_block,
             "pool_bytes_per_block": self.pool_bytes_per_block,
@@ -109,7 +112,9 @@ class Plan:
             f"  block size      {decision.block_size} tokens{self._kernel_words()}",
             f"  page            {format_bytes(self.page_bytes)} ({self.page_bytes} bytes)",
         ]
-        if self.mamba_padding_pct is not None:
+        if self.strategy.name == "subdivided":
+            lines.append(f"  states          {self.strategy.describe()}, mode {decision.mamba_cache_mode}")
+        elif self.mamba_padding_pct is not None:
             lines.append(
                 f"  state           {format_bytes(decision.state_raw_bytes)} raw, padded by "
                 f"{self.mamba_padding_pct:.2f} %, mode {decision.mamba_cache_mode}"
@@ -148,13 +153,18 @@ class Plan:
             return None
         return self.decision.attention_page_bytes == self.decision.state_page_bytes
 
+    def _id_bytes(self, group: LayerGroup) -> int:
+        """A page of one layer; for states with pages of their own, what all states of a request take."""
+        subdivided = self.strategy.name == "subdivided"
+        return self.strategy.state_page_bytes if subdivided and group.is_state else self.page_bytes
+
     def _group(self, group: LayerGroup) -> Mapping[str, object]:
         return {
             "index": group.index,
             "kind": group.kind,
             "layers": [layer.layer for layer in group.layers],
             "block_size": group.block_size,
-            "page_bytes": self.page_bytes,
+            "page_bytes": self._id_bytes(group),
         }
 
 

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from types import MappingProxyType
 
 from ..attention_backends.interface import Capabilities
 from ..cache.block_size import Constraint, MultipleOf
-from ..cache.capacity import Capacity, Holding, plan_capacity
-from ..cache.grouping import group_layers, pool_bytes_per_block, slots_per_block
+from ..cache.capacity import Capacity, Holding, PoolShape, plan_capacity, useful_blocks
 from ..cache.specs import AttentionSpec, LayerGroup, LayerSpec, MambaSpec
 from ..config import EngineConfig
 from ..device import DeviceFacts, format_bytes
@@ -17,9 +17,10 @@ from ..errors import BackendError, CapacityError, ConfigError
 from ..hybrid.model_specs import ModelSpec
 from .decision import BlockSizeDecision, BlockSizeRequest
 from .interface import Platform
+from .page_strategies import StrategyPlan, choose_strategy, state_bytes
 from .plan import Plan, PlannedLayer
 
-__all__ = ["Plan", "block_size_request", "plan_model"]
+__all__ = ["Plan", "block_size_request", "plan_model", "without_idle_blocks"]
 
 LENGTHS = (512, 4096, 32768, 131072)
 """Request lengths, in tokens, that concurrency is counted for, beside the longest."""
@@ -50,6 +51,7 @@ def block_size_request(
         mamba_cache_mode=cache.mamba_cache_mode,
         max_model_len=_asked_max_model_len(model, config),
         prefill_checkpoint_alignment=prefill_checkpoint_alignment,
+        state_tokens=_state_tokens(model),
         extra_constraints=(*extra_constraints, *_setting_constraints(backends, config)),
     )
 
@@ -88,27 +90,53 @@ def plan_model(
         preferred_block_sizes=preferred_block_sizes,
         prefill_checkpoint_alignment=prefill_checkpoint_alignment,
     )
-    decision = _with_set_kernel_block(platform.update_block_size_for_backend(request), config)
-    groups = group_layers(model.layers, decision.block_size, _state_block_size(decision, request.max_model_len))
-    per_block = pool_bytes_per_block(groups, decision.page_bytes)
-    said = [*reasons, *model.notes, *decision.reasons, *_grouping_reasons(groups, per_block)]
-    warnings = _warnings(decision, groups, per_block)
-    capacity = _capacity(model, config, device, groups, per_block, request.max_model_len, said)
-    max_model_len = _served_max_model_len(config, capacity, groups, per_block, request.max_model_len, warnings)
+    said = [*reasons, *model.notes]
+    budget = None if config.cache.num_blocks is not None else _budget(model, config, device, said)
+    chosen = choose_strategy(
+        model,
+        request,
+        lambda asked: _with_set_kernel_block(platform.update_block_size_for_backend(asked), config),
+        backends,
+        config,
+        budget,
+    )
+    decision, groups, shape = chosen.decision, chosen.groups, chosen.strategy.shape
+    said += [*decision.reasons, *chosen.reasons]
+    warnings = [*chosen.warnings, *_warnings(chosen)]
+    capacity = _capacity(config, groups, shape, budget, request.max_model_len, said)
+    max_model_len = _served_max_model_len(config, capacity, groups, shape, request.max_model_len, warnings)
     return Plan(
         model=model,
         platform=platform.name,
         decision=decision,
+        strategy=chosen.strategy,
         groups=groups,
         layers=tuple(_planned(layer, backends, decision) for layer in model.layers),
-        slots_per_block=slots_per_block(groups),
-        pool_bytes_per_block=per_block,
+        slots_per_block=chosen.slots_per_block,
+        pool_bytes_per_block=shape.block_bytes if groups else 0,
         max_model_len=max_model_len,
         capacity=capacity,
         reasons=tuple(said),
         refusals=tuple(refusals),
         warnings=tuple(warnings),
     )
+
+
+def without_idle_blocks(plan: Plan, config: EngineConfig) -> Plan:
+    """The plan with a pool no larger than ``max_num_seqs`` longest requests can hold, where the user left it open."""
+    cache, seqs = config.cache, config.scheduler.max_num_seqs
+    if plan.capacity is None or cache.num_blocks is not None or cache.memory_bytes is not None:
+        return plan
+    shape = plan.strategy.shape
+    useful = useful_blocks(plan.groups, shape, plan.max_model_len, seqs, _holding(config))
+    if useful >= plan.capacity.num_blocks:
+        return plan
+    said = (
+        f"capacity: {useful} blocks are all that {seqs} requests of {plan.max_model_len} tokens can hold, so that "
+        f"{format_bytes(useful * shape.block_bytes)} of the memory are used."
+    )
+    capacity = _count(config, plan.groups, shape, None, useful, plan.max_model_len)
+    return replace(plan, capacity=capacity, reasons=(*plan.reasons, said))
 
 
 def _setting_constraints(backends: Mapping[int, Capabilities], config: EngineConfig) -> tuple[Constraint, ...]:
@@ -161,8 +189,10 @@ def _asked_max_model_len(model: ModelSpec, config: EngineConfig) -> int:
     return asked
 
 
-def _state_block_size(decision: BlockSizeDecision, max_model_len: int) -> int:
-    return decision.mamba_block_size or max_model_len
+def _state_tokens(model: ModelSpec) -> int:
+    kinds = Counter(_attention(model.layers))
+    per_token = sum(count * spec.bytes_per_token for spec, count in kinds.items())
+    return -(-state_bytes(model.layers) // max(1, per_token))
 
 
 def _planned(layer: LayerSpec, backends: Mapping[int, Capabilities], decision: BlockSizeDecision) -> PlannedLayer:
@@ -176,17 +206,10 @@ def _planned(layer: LayerSpec, backends: Mapping[int, Capabilities], decision: B
     )
 
 
-def _grouping_reasons(groups: Sequence[LayerGroup], per_block: int) -> list[str]:
-    sizes = ", ".join(f"{len(group.layers)} x {group.kind}" for group in groups)
-    return [
-        f"groups: {len(groups)} ({sizes}); a block id serves one group and takes {per_block} bytes, pages for the "
-        f"largest."
-    ]
-
-
-def _warnings(decision: BlockSizeDecision, groups: Sequence[LayerGroup], per_block: int) -> list[str]:
+def _warnings(chosen: StrategyPlan) -> list[str]:
     """What costs memory more than one would expect, with the numbers."""
     found = []
+    decision, groups, per_block = chosen.decision, chosen.groups, chosen.strategy.shape.block_bytes
     raw = decision.state_raw_bytes
     if raw and 100 * (decision.state_page_bytes - raw) > NOTABLE_PADDING_PCT * raw:
         pct = 100 * (decision.state_page_bytes - raw) / raw
@@ -201,23 +224,33 @@ def _warnings(decision: BlockSizeDecision, groups: Sequence[LayerGroup], per_blo
 
 
 def _capacity(
-    model: ModelSpec,
     config: EngineConfig,
-    device: DeviceFacts | None,
     groups: Sequence[LayerGroup],
-    per_block: int,
+    shape: PoolShape,
+    budget: int | None,
     max_model_len: int,
     reasons: list[str],
 ) -> Capacity | None:
-    budget = None if config.cache.num_blocks is not None else _budget(model, config, device, reasons)
-    if not groups or (budget is None and config.cache.num_blocks is None):
+    num_blocks = config.cache.num_blocks
+    if not groups or (budget is None and num_blocks is None):
         reasons.append("capacity: not computed, no memory budget was given and the device's memory is not known.")
         return None
+    return _count(config, groups, shape, budget, num_blocks, max_model_len)
+
+
+def _count(
+    config: EngineConfig,
+    groups: Sequence[LayerGroup],
+    shape: PoolShape,
+    budget: int | None,
+    num_blocks: int | None,
+    max_model_len: int,
+) -> Capacity:
     return plan_capacity(
         groups,
-        per_block,
+        shape,
         memory_bytes=budget,
-        num_blocks=config.cache.num_blocks,
+        num_blocks=num_blocks,
         lengths=tuple(sorted({n for n in (*LENGTHS, max_model_len) if n <= max_model_len})),
         max_model_len=max_model_len,
         holding=_holding(config),
@@ -259,14 +292,14 @@ def _served_max_model_len(
     config: EngineConfig,
     capacity: Capacity | None,
     groups: Sequence[LayerGroup],
-    per_block: int,
+    shape: PoolShape,
     max_model_len: int,
     warnings: list[str],
 ) -> int:
     """The longest request: what the user asked for has to fit, the model's own maximum is cut to what fits."""
     if capacity is None or capacity.max_tokens >= max_model_len:
         return max_model_len
-    needed = _holding(config).request_bytes(groups, per_block, max_model_len)
+    needed = _holding(config).request_bytes(groups, shape, max_model_len)
     if config.model.max_model_len is not None:
         raise CapacityError(
             f"one request of max_model_len {max_model_len} needs {format_bytes(needed)} ({needed} bytes) of cache, and "

@@ -8,8 +8,9 @@ from types import MappingProxyType
 from typing import TYPE_CHECKING
 
 from ..attention_backends.interface import AttentionBackend, BuildRequest
-from ..cache.layout import CacheLayout
+from ..cache.layout import CacheLayout, Layout
 from ..cache.specs import AttentionSpec, LayerGroup, LayerSpec
+from ..cache.subdivided_layout import SubdividedLayout
 from ..config import LAYOUTS, EngineConfig
 from ..device import DeviceFacts, format_bytes
 from ..errors import BackendError, CapacityError
@@ -88,15 +89,9 @@ def make_ready(
             value=None,
             expected="a size such as 8GiB",
         )
-    order, why = choose_layout(config.cache.layout, backends, device)
-    layout = CacheLayout(
-        order=order,
-        num_blocks=plan.capacity.num_blocks,
-        slots_per_block=plan.slots_per_block,
-        page_size_bytes=plan.page_bytes,
-        block_size=plan.block_size,
-        groups=plan.groups,
-    )
+    several = plan.strategy.name == "subdivided" and plan.strategy.attention_group_width > 1
+    order, why = choose_layout(config.cache.layout, backends, device, block_major=several)
+    layout = layout_of(plan, order, plan.capacity.num_blocks)
     place = device.device_type if device.device_type == "cpu" else f"{device.device_type}:{device.index}"
     attention = _build(config, plan, layout, backends, device)
     cache = allocate(layout, torch.device(place))
@@ -111,11 +106,36 @@ def make_ready(
     )
 
 
+def layout_of(plan: Plan, order: str, num_blocks: int) -> Layout:
+    """Where everything lies in a pool of ``num_blocks`` blocks.
+
+    :param order: one of ``config.LAYOUTS``.
+    :raises ConfigError: for an order in which these pages cannot lie.
+    """
+    if plan.strategy.name == "subdivided":
+        return SubdividedLayout(
+            order=order,
+            num_blocks=num_blocks,
+            block_size=plan.block_size,
+            shape=plan.strategy.shape,
+            groups=plan.groups,
+        )
+    return CacheLayout(
+        order=order,
+        num_blocks=num_blocks,
+        slots_per_block=plan.slots_per_block,
+        page_size_bytes=plan.page_bytes,
+        block_size=plan.block_size,
+        groups=plan.groups,
+    )
+
+
 def choose_layout(
-    asked: str, backends: Mapping[int, AttentionBackend], device: DeviceFacts
+    asked: str, backends: Mapping[int, AttentionBackend], device: DeviceFacts, *, block_major: bool = False
 ) -> tuple[str, str]:
     """The physical order of the pages, and why: as asked, or the first that every backend can read.
 
+    :param block_major: only orders that keep a block's pages together: subdivided blocks of several layers.
     :raises BackendError: naming the backend that cannot read it, and what it can.
     """
     readable = {b.name: b.capabilities(device).layouts for b in dict.fromkeys(backends.values())}
@@ -130,6 +150,8 @@ def choose_layout(
                 )
         return asked, f"layout: {asked}, as asked."
     wished = next(iter(readable.values()), LAYOUTS)
+    if block_major:
+        wished = tuple(order for order in wished if order.startswith("cross_layer_"))
     order = next((order for order in wished if all(order in orders for orders in readable.values())), None)
     if order is None:
         said = "; ".join(f"{name} reads {', '.join(orders)}" for name, orders in readable.items())
@@ -142,7 +164,7 @@ def choose_layout(
 def _build(
     config: EngineConfig,
     plan: Plan,
-    layout: CacheLayout,
+    layout: Layout,
     backends: Mapping[int, AttentionBackend],
     device: DeviceFacts,
 ) -> dict[int, AttentionImpl]:

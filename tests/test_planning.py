@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from makeready.attention_backends.interface import Capabilities
-from makeready.cache.capacity import Holding, plan_capacity
+from makeready.cache.capacity import Holding, PoolShape, plan_capacity
 from makeready.cache.grouping import group_layers, pool_bytes_per_block, slots_per_block
 from makeready.cache.specs import AttentionSpec, LayerSpec, MambaSpec, StateTensor
 from makeready.config import EngineConfig
@@ -35,6 +35,7 @@ KEYS = {
     "mamba_page_size_padded", "mamba_padding_pct", "mamba_block_size", "mamba_cache_mode", "pages_equal",
     "slots_per_block", "pool_bytes_per_block", "groups", "layers", "capacity", "reasons", "refusals", "warnings",
 }  # fmt: skip
+POOL = PoolShape(block_bytes=64)
 PURE_MAMBA2: dict[str, Any] = {
     "model_type": "mamba2", "hidden_size": 64, "num_hidden_layers": 5, "expand": 2, "num_heads": 8, "head_dim": 16,
     "state_size": 16, "n_groups": 2, "conv_kernel": 4, "dtype": "bfloat16",
@@ -56,10 +57,11 @@ def test_every_preset_plans(platform: Platform, engine: str) -> None:
         plan = planned(name, platform, backend, engine=engine, memory_bytes=1 << 40)
         facts = json.loads(json.dumps(plan.to_dict()))
         assert set(facts) >= KEYS
-        assert facts["pages_equal"] is (True if plan.model.is_hybrid else None)
+        assert facts["pages_equal"] is (facts["page_strategy"] == "unified" if plan.model.is_hybrid else None)
         assert facts["block_size"] % backend.kernel_block_multiple == 0
         assert facts["state_page_bytes"] >= facts["state_raw_bytes"]
-        assert max(layer["page_bytes"] for layer in facts["layers"]) <= plan.page_bytes
+        in_pages = [x for x in facts["layers"] if facts["page_strategy"] == "unified" or x["backend"] is not None]
+        assert max(layer["page_bytes"] for layer in in_pages) <= plan.page_bytes
         grouped = Counter(index for group in facts["groups"] for index in group["layers"])
         assert grouped == Counter(layer.layer for layer in plan.model.layers)
         assert facts["capacity"]["concurrency"]["512"] > 0
@@ -226,9 +228,9 @@ def test_the_longest_request_is_the_longest(blocks: int, limit: int) -> None:
     groups = group_layers([state_layer(0), attention_layer(1)], 16, 4096)
     if blocks < 3:
         with pytest.raises(CapacityError, match="num_blocks"):
-            plan_capacity(groups, 64, num_blocks=blocks, lengths=(), max_model_len=limit, holding=Holding())
+            plan_capacity(groups, POOL, num_blocks=blocks, lengths=(), max_model_len=limit, holding=Holding())
         return
-    found = plan_capacity(groups, 64, num_blocks=blocks, lengths=(1, limit), max_model_len=limit, holding=Holding())
+    found = plan_capacity(groups, POOL, num_blocks=blocks, lengths=(1, limit), max_model_len=limit, holding=Holding())
     fits = [n for n in range(1, limit + 1) if Holding().request_blocks(groups, n) <= blocks - 1]
     assert found.max_tokens == max(fits)
     assert found.concurrency[limit] == (blocks - 1) // Holding().request_blocks(groups, limit)

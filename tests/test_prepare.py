@@ -56,9 +56,7 @@ def test_an_engine_on_prepare_generates_the_tokens_of_stock(checkpoint, device, 
 @pytest.mark.parametrize("device", DEVICES)
 def test_what_is_allocated_is_what_was_planned(device):
     ready = makeready.prepare(platform=device, num_blocks=20, backend="reference")
-    planned = makeready.plan(
-        BUNDLED_MODEL, platform=device, num_blocks=20, backend="reference", engine="transformers"
-    )
+    planned = makeready.plan(BUNDLED_MODEL, platform=device, num_blocks=20, backend="reference", engine="transformers")
     facts = ready.to_dict()
     assert ready.cache.buffer.nbytes == facts["allocated_bytes"] == 20 * planned.pool_bytes_per_block
     assert ready.cache.buffer.device.type == device
@@ -75,9 +73,10 @@ def test_what_is_allocated_is_what_was_planned(device):
 def test_memory_that_no_request_can_use_is_not_allocated():
     small = makeready.prepare(max_num_seqs=1, max_model_len=128, backend="reference")
     large = makeready.prepare(max_num_seqs=4, max_model_len=128, backend="reference")
-    groups = len(small.groups)
-    assert small.cache.layout.num_blocks == 1 + groups
-    assert large.cache.layout.num_blocks == 1 + 4 * groups
+    attention = sum(not group.is_state for group in small.groups)
+    need = small.plan.strategy.shape.least_blocks
+    assert small.cache.layout.num_blocks == need(1, attention)
+    assert large.cache.layout.num_blocks == need(4, 4 * attention)
 
 
 def test_a_layout_that_the_backend_cannot_read_is_refused_by_name():
@@ -87,7 +86,7 @@ def test_a_layout_that_the_backend_cannot_read_is_refused_by_name():
 
 
 def test_a_budget_too_small_for_one_request_says_what_is_needed():
-    with pytest.raises(CapacityError, match=r"memory.* cannot hold one request.* at least 4 blocks or .* bytes"):
+    with pytest.raises(CapacityError, match=r"memory.* cannot hold one request.* at least 10 blocks or .* bytes"):
         makeready.prepare(memory_bytes=1000, backend="reference")
 
 

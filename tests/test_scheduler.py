@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from makeready.cache.pool import BlockPool
+from makeready.cache.group_pool import GroupPool, UnifiedPool
 from makeready.cache.specs import AttentionSpec, LayerGroup, LayerSpec, MambaSpec, StateTensor
 from makeready.config import SchedulerConfig
 from makeready.engines.transformers.families import Traits
@@ -36,7 +36,7 @@ def groups_of(attention: int, states: int, block_size: int) -> tuple[LayerGroup,
 def make(num_blocks=20, attention=1, states=1, block_size=4, seqs=4, tokens=16, **traits) -> Scheduler:
     return Scheduler(
         groups_of(attention, states, block_size),
-        BlockPool(num_blocks),
+        UnifiedPool(num_blocks),
         SchedulerConfig(max_num_seqs=seqs, max_num_batched_tokens=tokens),
         Traits(model_type="tiny", **traits),
         MAX_MODEL_LEN,
@@ -62,7 +62,7 @@ def compute(scheduler: Scheduler, step: Step) -> list[Request]:
     return ended
 
 
-def check_step(scheduler: Scheduler, pool: BlockPool, step: Step, seqs: int, tokens: int, single: bool) -> None:
+def check_step(scheduler: Scheduler, pool: GroupPool, step: Step, seqs: int, tokens: int, single: bool) -> None:
     pool.check_integrity()
     assert len(scheduler.running) <= seqs
     assert len(step.decodes) + sum(chunk.length for chunk in step.prefills) <= tokens
@@ -74,7 +74,7 @@ def check_step(scheduler: Scheduler, pool: BlockPool, step: Step, seqs: int, tok
         assert running in scheduler.running
         for group, table in running.tables.items():
             assert table.num_tokens >= running.num_computed + length
-            assert all(pool.owners(block) == (running.id,) for block in table.blocks), group
+            assert all(pool.owners(group, block) == (running.id,) for block in table.blocks), group
     for waiting in scheduler.waiting:
         assert not waiting.tables
 
@@ -84,7 +84,7 @@ def check_step(scheduler: Scheduler, pool: BlockPool, step: Step, seqs: int, tok
 def test_every_request_ends_and_every_block_returns(data):
     replays, single, seqs = data.draw(st.booleans()), data.draw(st.booleans()), data.draw(st.integers(1, 5))
     tokens = data.draw(st.integers(3, 20))
-    pool = BlockPool(data.draw(st.integers(4, 40)))
+    pool = UnifiedPool(data.draw(st.integers(4, 40)))
     groups = groups_of(data.draw(st.integers(0, 2)), data.draw(st.integers(1, 2)), data.draw(st.integers(1, 6)))
     config = SchedulerConfig(max_num_seqs=seqs, max_num_batched_tokens=tokens)
     traits = Traits(model_type="tiny", replays_generated=replays, single_token_chunks=single)

@@ -2,11 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
-import torch
-
-from ...cache.staging import stage
 from .records import Ready
 from .scheduler import Step
 
@@ -28,15 +23,11 @@ class BlockKeeper:
     def apply(self, step: Step) -> None:
         """Do it for the blocks of ``step``, freed ones first: they may have been handed out again."""
         if self._poison_freed:
-            self._poison([block for blocks in step.freed for block in blocks.ids])
+            for blocks in step.freed:
+                self._cache.poison_blocks(blocks.group, blocks.ids)
         by_group: dict[int, list[int]] = {}
         for blocks in step.handed_out:
             if blocks.group in self._cleared:
                 by_group.setdefault(blocks.group, []).extend(blocks.ids)
         for group, ids in by_group.items():
             self._cache.clear_blocks(group, ids)
-
-    def _poison(self, ids: Sequence[int]) -> None:
-        if ids:
-            pages = self._cache.pages()
-            pages.index_fill_(0, stage(ids, torch.int64, pages.device), 0xFF)

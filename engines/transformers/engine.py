@@ -8,7 +8,7 @@ from typing import Any
 
 import transformers
 
-from ...cache.pool import BlockPool
+from ...cache.group_pool import pool_for
 from ...errors import ConfigError, RequestError
 from .blocks import BlockKeeper
 from .families import check_version, traits_of
@@ -55,7 +55,7 @@ class TransformersEngine:
         _check_cache_mode(ready)
         check_model(model, ready)
         check_plan(model, self.traits, ready.groups)
-        self.pool = BlockPool(ready.cache.layout.num_blocks)
+        self.pool = pool_for(ready.cache.layout)
         self.scheduler = Scheduler(ready.groups, self.pool, ready.config.scheduler, self.traits, ready.max_model_len)
         self._runner = ModelRunner(model, ready, self.traits)
         self._blocks = BlockKeeper(ready, poison_freed)

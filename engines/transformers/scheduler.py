@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from ...cache.block_table import BlockTable
-from ...cache.pool import BlockPool
+from ...cache.group_pool import GroupPool
 from ...cache.specs import LayerGroup
 from ...config import SchedulerConfig
 from ...errors import CapacityError, ConfigError, RequestError
@@ -72,7 +72,7 @@ class Scheduler:
     def __init__(
         self,
         groups: Sequence[LayerGroup],
-        pool: BlockPool,
+        pool: GroupPool,
         config: SchedulerConfig,
         traits: Traits,
         max_model_len: int,
@@ -83,7 +83,6 @@ class Scheduler:
         self._config = config
         self._traits = traits
         self._max_model_len = max_model_len
-        self._capacity = pool.num_free
         self._waiting: list[Request] = []
         self._running: list[Request] = []
         self._freed: list[Blocks] = []
@@ -105,15 +104,15 @@ class Scheduler:
 
     def blocks_needed(self, num_tokens: int) -> int:
         """Blocks that one request of ``num_tokens`` tokens holds over all groups."""
-        return sum(self._group_blocks(group, num_tokens) for group in self._groups)
+        return self._pool.blocks(self._need(num_tokens))
 
     def max_tokens(self) -> int:
         """The longest sequence, in tokens, that the empty cache holds for one request."""
-        low, high = 0, self._capacity * max((g.block_size for g in self._groups), default=1)
+        low, high = 0, self._max_model_len
         while low < high:
             middle = (low + high + 1) // 2
-            low, high = (middle, high) if self.blocks_needed(middle) <= self._capacity else (low, middle - 1)
-        return min(low, self._max_model_len)
+            low, high = (middle, high) if self._pool.fits(self._need(middle)) else (low, middle - 1)
+        return low
 
     def add(self, request: Request) -> None:
         """Queue ``request``.
@@ -168,7 +167,7 @@ class Scheduler:
     def _grow(self, request: Request, preempted: list[Request]) -> bool:
         """Room for one more token of ``request``, taken from later arrivals if need be; False if it went itself."""
         need = self._missing(request, request.num_computed + 1)
-        while not self._pool.can_allocate(sum(need.values())):
+        while not self._pool.can_allocate(need):
             victim = self._running[-1]
             self._preempt(victim)
             preempted.append(victim)
@@ -193,7 +192,7 @@ class Scheduler:
             request = self._waiting[0]
             request.prefill_len = len(request.prompt) if self._traits.replays_generated else request.num_tokens
             length = self._chunk(request, budget)
-            if not length or not self._pool.can_allocate(self.blocks_needed(request.prefill_len)):
+            if not length or not self._pool.can_allocate(self._need(request.prefill_len)):
                 break
             self._waiting.pop(0)
             request.tables = {group.index: BlockTable(group.block_size) for group in self._groups}
@@ -224,24 +223,27 @@ class Scheduler:
         request.num_preemptions += 1
         insort(self._waiting, request, key=_by_arrival)
 
+    def _need(self, num_tokens: int) -> dict[int, int]:
+        """Blocks per group that a request of ``num_tokens`` tokens holds."""
+        return {group.index: self._group_blocks(group, num_tokens) for group in self._groups}
+
     def _missing(self, request: Request, num_tokens: int) -> dict[int, int]:
         """Blocks per group that ``request`` still lacks to hold ``num_tokens`` tokens."""
         return {
-            group.index: max(0, self._group_blocks(group, num_tokens) - len(request.tables[group.index].blocks))
-            for group in self._groups
+            group: max(0, count - len(request.tables[group].blocks)) for group, count in self._need(num_tokens).items()
         }
 
     def _allocate(self, request: Request, need: dict[int, int]) -> None:
         for group, count in need.items():
             if count:
-                ids = self._pool.allocate(count, request.id)
+                ids = self._pool.allocate(group, count, request.id)
                 request.tables[group].append(ids)
                 self._handed_out.append(Blocks(group, tuple(ids)))
 
     def _release(self, request: Request) -> None:
         for group, table in request.tables.items():
             if table.blocks:
-                self._pool.free(table.blocks, request.id)
+                self._pool.free(group, table.blocks, request.id)
                 self._freed.append(Blocks(group, tuple(table.blocks)))
         request.tables = {}
 
@@ -267,11 +269,11 @@ class Scheduler:
                 f" {self._max_model_len}",
                 option="prompt", value=prompt + new, expected=f"<= {self._max_model_len}",
             )  # fmt: skip
-        need = self.blocks_needed(request.max_cached_tokens)
-        if need > self._capacity:
+        if not self._pool.fits(self._need(request.max_cached_tokens)):
+            need = self.blocks_needed(request.max_cached_tokens)
             raise CapacityError(
                 f"a prompt of {prompt} tokens and max_new_tokens {new} need {need} blocks, but the cache has"
-                f" {self._capacity}, which hold {self.max_tokens()} tokens of one request",
+                f" {self._pool.capacity}, which hold {self.max_tokens()} tokens of one request",
                 option="prompt", value=prompt + new, expected=f"<= {self.max_tokens() + 1}",
             )  # fmt: skip
 
