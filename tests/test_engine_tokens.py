@@ -151,9 +151,9 @@ def test_preempted_requests_end_with_the_same_tokens(family, backend, monkeypatc
     with Recorded(family, monkeypatch, backend=backend) as run:
         pool, need = run.engine.pool, run.engine.scheduler.blocks_needed
         few = max(need(max(LENGTHS) + NEW), 2 * need(LENGTHS[0]))
-        taken = pool.allocate(pool.num_free - few, "somebody else")
+        taken = pool.allocate(0, pool.num_free - few, "somebody else")
         completions = run.generate()
-        pool.free(taken, "somebody else")
+        pool.free(0, taken, "somebody else")
         run.check_all(completions)
         # States take their blocks at admission, so a model without attention never runs short.
         assert (run.engine.num_preemptions > 0) == (family not in ATTENTION_FREE)
