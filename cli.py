@@ -5,13 +5,16 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from .config import KV_CACHE_DTYPES, LAYOUTS, MAMBA_CACHE_MODES, PAGE_STRATEGIES
 from .device import parse_bytes
 from .errors import MakereadyError
+
+if TYPE_CHECKING:
+    from .platforms.plan import Plan
 
 Decorator = Callable[[Callable[..., Any]], Callable[..., Any]]
 
@@ -89,9 +92,25 @@ def cli() -> None:
     help="Whose states are stored: vllm (convolutions keep K-1 columns) or transformers (K columns, float32 states).",
 )
 @click.option("--explain", is_flag=True, help="Add the reason of every decision.")
+@click.option(
+    "--compare",
+    "axes",
+    multiple=True,
+    metavar="OPTION=V,V",
+    help="Plan every combination side by side: platform=cuda,xpu, tp=1,2,4, page-strategy=unified,subdivided ...",
+)
+@click.option("--plot", "picture", metavar="FILE", help="Draw where the memory goes into a png, svg or pdf.")
 @_DECISIONS
 @_JSON
-def plan(model: str | None, list_presets: bool, as_json: bool, explain: bool, **options: Any) -> None:
+def plan(
+    model: str | None,
+    list_presets: bool,
+    as_json: bool,
+    explain: bool,
+    axes: tuple[str, ...],
+    picture: str | None,
+    **options: Any,
+) -> None:
     """Decide backends, block size, pages and capacity for MODEL, without the device.
 
     MODEL is a preset name (--list prints them), a checkpoint directory or a config.json.
@@ -99,6 +118,7 @@ def plan(model: str | None, list_presets: bool, as_json: bool, explain: bool, **
     \b
     makeready plan nvidia/NVIDIA-Nemotron-3-Nano-30B-A3B-BF16 --platform xpu --memory 40GiB
     makeready plan ./checkpoint --platform cuda --tp 4 --kv-cache-dtype fp8 --json
+    makeready plan Qwen/Qwen3.5-27B --platform cuda --memory 40GiB --compare tp=1,2,4 --compare kv-cache-dtype=auto,fp8
     """
     from .startup import plan as decide
 
@@ -107,14 +127,19 @@ def plan(model: str | None, list_presets: bool, as_json: bool, explain: bool, **
         return
     if model is None:
         raise click.UsageError("Missing MODEL: a preset name (--list prints them), a directory or a config.json.")
-    decided = decide(model, **_given(options)).to_dict()
+    if axes:
+        _compare(model, _given(options), axes, picture, as_json)
+        return
+    made = decide(model, **_given(options))
+    drawn = _draw(made, picture)
+    decided = made.to_dict()
     if as_json:
         _print_json(decided)
         return
     from .report import make_console, plan_summary, reasons
 
     console = make_console()
-    console.print(plan_summary(decided))
+    console.print(plan_summary(decided), *drawn)
     if explain:
         console.print("", reasons(decided))
 
@@ -179,6 +204,35 @@ def doctor(as_json: bool) -> None:
     from .report import doctor_summary, make_console
 
     make_console().print(doctor_summary(report))
+
+
+def _compare(
+    model: str, options: dict[str, Any], axes: tuple[str, ...], picture: str | None, as_json: bool
+) -> None:
+    """Plans side by side; refused ones keep their sentence, and only all of them refused is an error."""
+    from .comparing import compare, comparison_table, parse_axes
+
+    if picture is not None:
+        raise click.UsageError("--plot draws one plan; leave out --compare.")
+    variants = compare(model, options, parse_axes(axes))
+    if as_json:
+        _print_json({"model": model, "variants": [variant.to_dict() for variant in variants]})
+    else:
+        from .report import make_console
+
+        make_console().print(comparison_table(variants))
+    errors = [variant.error for variant in variants if variant.error is not None]
+    if len(errors) == len(variants):
+        raise errors[0]
+
+
+def _draw(made: Plan, picture: str | None) -> tuple[str, ...]:
+    """The line that says where the drawing is, if one was asked for."""
+    if picture is None:
+        return ()
+    from .plotting import plot_plan
+
+    return (f"\ndrawn into {plot_plan(made, picture)}",)
 
 
 def _given(options: dict[str, Any]) -> dict[str, Any]:

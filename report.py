@@ -25,6 +25,8 @@ def plan_summary(plan: Mapping[str, Any]) -> RenderableType:
     capacity = plan.get("capacity")
     if capacity:
         parts += [Text(), _capacity(capacity)]
+    if plan.get("requests"):
+        parts += [Text(), _request_table(plan["requests"])]
     parts += [Text(f"warning: {warning}", style="yellow") for warning in plan.get("warnings", ())]
     return Group(*parts)
 
@@ -155,6 +157,18 @@ def _groups(plan: Mapping[str, Any]) -> RenderableType:
             format_bytes(group["page_bytes"]),
         )
     return table
+
+
+def _request_table(requests: Mapping[str, Any]) -> RenderableType:
+    """What one request takes by length, and what mixes of requests waste."""
+    table = Table(title="what a request takes", title_justify="left", box=None)
+    for column in ("tokens", "takes", "K and V", "states", "no token yet", "padding"):
+        table.add_column(column, justify="right")
+    for one in requests["memory"]:
+        parts = ("total_bytes", "kv_bytes", "state_bytes", "tail_bytes", "padding_bytes")
+        table.add_row(str(one["tokens"]), *(format_bytes(one[part]) for part in parts))
+    mixes = ", ".join(f"{name}: {waste:.2f} %" for name, waste in requests["mix_waste_pct"].items())
+    return Group(table, Text(f" waste of request mixes   {mixes}"))
 
 
 def _capacity(capacity: Mapping[str, Any]) -> RenderableType:

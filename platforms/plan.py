@@ -11,6 +11,7 @@ from ..device import format_bytes
 from ..hybrid.model_specs import ModelSpec
 from ..hybrid.page_alignment import largest_state
 from .decision import BlockSizeDecision
+from .memory_use import requests_dict
 from .page_strategies import PageStrategy
 
 
@@ -97,6 +98,7 @@ class Plan:
             ],
             "states": _states(model),
             "capacity": self.capacity.to_dict() if self.capacity else None,
+            "requests": requests_dict(self),
             "constraints": [f"{rule.owner}: {rule.describe()}" for rule in decision.constraints],
             "reasons": list(self.reasons),
             "refusals": list(self.refusals),
