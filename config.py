@@ -157,6 +157,7 @@ class EngineConfig:
             ("mamba_block_size", cache.mamba_block_size),
             ("num_blocks", cache.num_blocks),
             ("memory_bytes", cache.memory_bytes),
+            ("device_memory_bytes", self.device.device_memory_bytes),
             ("max_model_len", self.model.max_model_len),
             ("tensor_parallel_size", self.parallel.tensor_parallel_size),
             ("max_num_seqs", scheduler.max_num_seqs),
@@ -170,14 +171,14 @@ class EngineConfig:
         _require_one_of("mamba_cache_mode", cache.mamba_cache_mode, MAMBA_CACHE_MODES)
         _require_one_of("mamba_cache_dtype", cache.mamba_cache_dtype, ("auto", *DTYPES))
         _require_one_of("mamba_ssm_cache_dtype", cache.mamba_ssm_cache_dtype, ("auto", *DTYPES))
-        if scheduler.num_speculative_tokens < 0:
-            raise ConfigError(
-                f"num_speculative_tokens {scheduler.num_speculative_tokens} is negative; 0 turns speculation off",
-                option="num_speculative_tokens",
-                value=scheduler.num_speculative_tokens,
-                expected=">= 0",
-            )
-        if not 0 < cache.memory_fraction <= 1:
+        for option, value in (
+            ("num_speculative_tokens", scheduler.num_speculative_tokens),
+            ("device_index", self.device.device_index),
+            ("seed", self.model.seed),
+        ):
+            _require_whole(option, value, 0)
+        share = cache.memory_fraction
+        if isinstance(share, bool) or not isinstance(share, (int, float)) or not 0 < share <= 1:
             raise ConfigError(
                 f"memory_fraction {cache.memory_fraction} is not a share; give a number above 0 and up to 1",
                 option="memory_fraction",
@@ -189,13 +190,14 @@ class EngineConfig:
 
 
 def _require_positive(option: str, value: int | None) -> None:
-    if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value <= 0):
-        raise ConfigError(
-            f"{option} {value!r} must be a whole number above zero",
-            option=option,
-            value=value,
-            expected="a whole number above zero",
-        )
+    if value is not None:
+        _require_whole(option, value, 1)
+
+
+def _require_whole(option: str, value: int, least: int) -> None:
+    if isinstance(value, bool) or not isinstance(value, int) or value < least:
+        words = "a whole number above zero" if least else "a whole number from 0"
+        raise ConfigError(f"{option} {value!r} must be {words}", option=option, value=value, expected=words)
 
 
 def _require_one_of(option: str, value: str, allowed: tuple[str, ...]) -> None:

@@ -72,8 +72,13 @@ def reasons(plan: Mapping[str, Any]) -> RenderableType:
 
 def make_console(*, quiet: bool = False) -> Console:
     """A console as wide as the terminal; output that is piped gets lines wide enough to read and to grep."""
-    console = Console(quiet=quiet, highlight=False)
-    return console if console.is_terminal else Console(quiet=quiet, highlight=False, width=PIPED_WIDTH)
+    console = _console(quiet)
+    return console if console.is_terminal else _console(quiet, width=PIPED_WIDTH)
+
+
+def _console(quiet: bool, width: int | None = None) -> Console:
+    """Paths, prompts and generated text are shown as they are: ``[x]`` is no style and ``:key:`` no picture."""
+    return Console(quiet=quiet, width=width, highlight=False, markup=False, emoji=False)
 
 
 def _bullet(sentence: str, mark: str = "-") -> RenderableType:

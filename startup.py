@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from inspect import signature
 from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
@@ -99,7 +100,10 @@ def plan(
         "memory_bytes": memory_bytes,
         **options,
     }
-    config = model.validated() if isinstance(model, EngineConfig) else EngineConfig.from_options(model=model, **given)
+    if isinstance(model, EngineConfig):
+        defaults = {name: parameter.default for name, parameter in signature(plan).parameters.items()}
+        given = {name: value for name, value in given.items() if name in options or value != defaults[name]}
+    config = _as_config(model, given)
     spec = _read(config, engine)
     plugins = plugins or load_plugins()
     decided, _ = _decide(config, spec, _planned_surroundings(config, plugins))

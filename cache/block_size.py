@@ -130,9 +130,11 @@ def checked(constraints: Iterable[Constraint]) -> tuple[Constraint, ...]:
                 value=repr(rule),
                 expected=names,
             )
-        if min(_numbers(rule), default=0) < 1:
+        numbers = _numbers(rule)
+        if not numbers or any(type(n) is not int or n < 1 for n in numbers):
             raise BlockSizeError(
-                f"{rule.owner} declares {rule!r}; a block-size constraint needs whole numbers above zero",
+                f"{rule.owner} declares {rule!r}; a block-size constraint needs whole numbers above zero, and sizes in "
+                "a tuple",
                 option=rule.owner,
                 value=repr(rule),
                 expected="whole numbers above zero",
@@ -268,7 +270,7 @@ def _without_multiples(sizes: tuple[int, ...]) -> list[int]:
 
 def _numbers(rule: Constraint) -> tuple[int, ...]:
     if isinstance(rule, (OneOf, AnyMultipleOf)):
-        return rule.sizes
+        return rule.sizes if isinstance(rule.sizes, tuple) else ()
     if isinstance(rule, AtLeastPage):
         return (rule.page_bytes, rule.bytes_per_token)
     return (rule.n,)

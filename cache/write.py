@@ -90,6 +90,8 @@ def _cast(rows: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     if rows.dtype == dtype:
         return rows
     limits = torch.finfo(dtype)
+    if limits.max >= torch.finfo(rows.dtype).max:  # no clamp needed, and torch refuses a limit that rows cannot hold
+        return rows.to(dtype)
     return rows.clamp(limits.min, limits.max).to(dtype)
 
 

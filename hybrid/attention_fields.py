@@ -31,6 +31,8 @@ def attention_spec(fields: ConfigFields, family: Family, stored: str, tp: int, w
     else:
         default = fields.integer("hidden_size") // heads
         head_dim = fields.integer("head_dim", "attention_head_dim", default=default)
+    if head_dim < 1:
+        raise fields.broken("hidden_size", fields.values.get("hidden_size"), f"at least the {heads} attention heads")
     if stored == "nvfp4" and head_dim % 16:
         raise ConfigError(
             f"kv_cache_dtype nvfp4 scales 16 values together, which head width {head_dim} is not a multiple of",

@@ -123,3 +123,9 @@ def test_a_constraint_without_sense_is_refused_by_owner(rule: Constraint) -> Non
 def test_something_else_than_a_constraint_is_refused() -> None:
     with pytest.raises(BlockSizeError, match="64 is not a block-size constraint; use one of MultipleOf, OneOf"):
         solve([64])  # type: ignore[list-item]
+
+
+@pytest.mark.parametrize("rule", [OneOf(16, owner="vendor"), MultipleOf("64", owner="vendor"), OneOf((), "vendor")])
+def test_a_vendor_s_mistyped_constraint_is_named(rule):
+    with pytest.raises(BlockSizeError, match="vendor declares .* whole numbers above zero, and sizes in a tuple"):
+        solve([rule])

@@ -82,7 +82,7 @@ def test_an_abort_leaves_the_others_alone(engine):
         ([3, 128], greedy(1), RequestError, "token 128 is not in the vocabulary of 128 tokens"),
         ("text", greedy(1), RequestError, "the engine has no tokenizer"),
         ([3], SamplingParams(max_new_tokens=0), RequestError, "max_new_tokens 0 cannot be used; give a whole number"),
-        ([3], SamplingParams(temperature=-1.0), RequestError, "temperature -1.0 cannot be used; give a finite number"),
+        ([3], SamplingParams(temperature=-1.0), RequestError, "temperature -1.0 cannot be used; give 0, or"),
         ([3], SamplingParams(top_p=0.0), RequestError, "top_p 0.0 cannot be used; give a number above 0"),
         ([3], SamplingParams(seed=-1), RequestError, "seed -1 cannot be used"),
     ],
@@ -283,3 +283,62 @@ def test_a_new_request_sees_nothing_of_an_old_one(model):
             used.generate([[3 + round_number] * 70, [4, 5, 6]], greedy(8))
         assert used.generate([PROMPT], greedy(10))[0].token_ids == expected
         used.close()
+
+
+def test_two_streams_that_take_turns_both_get_everything(engine):
+    long, short = SamplingParams(max_new_tokens=9, ignore_eos=True), SamplingParams(max_new_tokens=3, ignore_eos=True)
+    one, two = engine.stream(PROMPT, long), engine.stream(PROMPT, short)
+    first = [next(one), next(two)]
+    assert [len([first[0], *one]), len([first[1], *two])] == [9, 3]
+    assert not engine.has_requests()
+
+
+def test_a_request_that_a_callback_aborts_ends(engine):
+    params = SamplingParams(max_new_tokens=9, ignore_eos=True)
+    (done,) = engine.generate([PROMPT], params, on_output=lambda output: engine.abort(output.request_id))
+    assert (done.finish_reason, len(done.token_ids)) == ("abort", 1)
+
+
+def test_outputs_before_an_error_in_the_same_step_are_kept(engine, monkeypatch):
+    decoding = engine.add_request(PROMPT, SamplingParams(max_new_tokens=2, ignore_eos=True))
+    outputs = engine.step()
+    engine.add_request(PROMPT)
+    run = engine._runner.run
+
+    def broken_prefill(requests, length):
+        if length > 1:
+            raise RuntimeError("no memory")
+        return run(requests, length)
+
+    monkeypatch.setattr(engine._runner, "run", broken_prefill)
+    with pytest.raises(RuntimeError, match="no memory"):
+        engine.step()
+    monkeypatch.undo()
+    outputs += engine.step()
+    assert [output.finished for output in outputs if output.request_id == decoding] == [False, True]
+
+
+def test_one_text_is_no_list_of_prompts(engine):
+    with pytest.raises(RequestError, match="letter by letter; give a list"):
+        engine.generate("Once upon")
+
+
+def test_a_closed_engine_does_not_answer(model):
+    engine = TransformersEngine(model, None, make_ready(model))
+    engine.close()
+    with pytest.raises(IntegrityError, match="closed cannot go on"):
+        engine.generate([PROMPT])
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("max_new_tokens", 2.5), ("top_k", 1.5), ("temperature", "1"), ("temperature", 1e-310), ("stop_token_ids", 5)],
+)
+def test_settings_of_the_wrong_type_are_refused_at_the_door(engine, name, value):
+    with pytest.raises(RequestError, match=name):
+        engine.add_request(PROMPT, SamplingParams(**{name: value}))
+
+
+def test_token_ids_are_whole_numbers(engine):
+    with pytest.raises(RequestError, match=r"1\.7 is no token id"):
+        engine.add_request([1.7, 2])

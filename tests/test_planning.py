@@ -11,6 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+import makeready as mr
 from makeready.attention_backends.interface import Capabilities
 from makeready.cache.capacity import Holding, PoolShape, plan_capacity
 from makeready.cache.grouping import group_layers, pool_bytes_per_block, slots_per_block
@@ -245,3 +246,16 @@ def test_the_spec_says_what_kind_of_model_it_is() -> None:
     assert traits("tiiuae/Falcon-H1-0.5B-Instruct") == (True, 36, 36)
     assert traits("microsoft/Phi-4-mini-flash-reasoning") == (True, 9, 9)
     assert traits(PURE_MAMBA2) == (False, 0, 5)
+
+
+def test_options_beside_a_config_are_refused_not_dropped():
+    config = mr.EngineConfig.from_options(model="Qwen/Qwen3-8B", platform="xpu")
+    assert mr.plan(config).platform == "xpu"
+    with pytest.raises(ConfigError, match="options kv_cache_dtype came beside an EngineConfig"):
+        mr.plan(config, kv_cache_dtype="fp8")
+
+
+@pytest.mark.parametrize(("option", "value"), [("device_memory_bytes", "80GiB"), ("device_index", "a"), ("seed", -1)])
+def test_numbers_that_are_none_are_refused(option, value):
+    with pytest.raises(ConfigError, match=option):
+        mr.EngineConfig.from_options(**{option: value})

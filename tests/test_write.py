@@ -158,3 +158,12 @@ def test_a_step_on_cuda_never_waits_for_the_device(order):
     assert padded.tolist() == [table.blocks, [0] * len(table.blocks)]
     # Block 0 may differ: skipped tokens land there.
     assert torch.equal(cache.pages()[1:].cpu(), reference.pages()[1:])
+
+
+@pytest.mark.parametrize("stored", ["float16", "bfloat16", "float32"])
+@pytest.mark.parametrize("computed", ["float16", "bfloat16", "float32"])
+def test_every_pair_of_dtypes_can_be_written(computed, stored):
+    rows = torch.tensor([[[1.0, -2.0]]], dtype=getattr(torch, computed))
+    key, value = (torch.zeros(2, 4, 1, 2, dtype=getattr(torch, stored)) for _ in range(2))
+    write_kv(rows, rows, key, value, torch.tensor([5]))
+    assert key[1, 1].tolist() == [[1.0, -2.0]]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from operator import index
 from typing import Any
 
 import transformers
@@ -113,18 +114,19 @@ class TransformersEngine:
     def step(self) -> list[Output]:
         """Run one step of everything that is scheduled, and return what came of it.
 
-        If the model raises, the requests of the step start over with the next step, and the error goes on.
+        If the model raises, the requests of the step start over with the next step, and the error goes on; what
+        the step had made before comes with the next one.
         """
-        unread, self._unread = self._unread, []
         step = self.scheduler.schedule()
         self.num_preemptions += len(step.preempted)
-        self._blocks.apply(step)
         try:
-            return unread + self._run(step)
+            self._blocks.apply(step)
+            self._run(step)
         except BaseException:
-            self._unread = unread
             self.scheduler.restart([*step.decodes, *(chunk.request for chunk in step.prefills)])
             raise
+        outputs, self._unread = self._unread, []
+        return outputs
 
     def generate(
         self,
@@ -140,6 +142,11 @@ class TransformersEngine:
         :param on_output: called with each output of these prompts as it comes.
         :raises RequestError: as :meth:`add_request`; nothing of this call stays queued then.
         """
+        if isinstance(prompts, str):
+            raise RequestError(
+                f"prompts {prompts!r} is one text, which would be taken letter by letter; give a list of prompts",
+                option="prompts", value=prompts, expected=[prompts],
+            )  # fmt: skip
         ids: list[str] = []
         entries: list[_Entry] = []
         reasons: dict[str, FinishReason] = {}
@@ -147,7 +154,7 @@ class TransformersEngine:
             for prompt, setting in zip(prompts, _per_prompt(prompts, params), strict=True):
                 ids.append(self.add_request(prompt, setting))
                 entries.append(self._entries[ids[-1]])
-            while len(reasons) < len(ids):
+            while any(map(self._is_open, ids)):
                 for output in self._step_for(frozenset(ids)):
                     if on_output:
                         on_output(output)
@@ -158,38 +165,38 @@ class TransformersEngine:
                     on_progress(Progress(finished=len(reasons), total=len(ids), tokens=tokens))
         finally:
             self._abort_live(ids)
-        return [_completion(entry, reasons[entry.request.id]) for entry in entries]
+        return [_completion(entry, reasons.get(entry.request.id, "abort")) for entry in entries]
 
     def stream(self, prompt: Prompt, params: SamplingParams | None = None) -> Iterator[Output]:
         """Outputs of one request as they come; leaving the loop early aborts it."""
         request_id = self.add_request(prompt, params)
         try:
-            while request_id in self._entries:
+            while self._is_open(request_id):
                 yield from self._step_for(frozenset((request_id,)))
         finally:
             self._abort_live([request_id])
 
-    def _run(self, step: Step) -> list[Output]:
+    def _run(self, step: Step) -> None:
         """Forward, then choose: nothing of a request changes before its forward has ended."""
-        outputs: list[Output] = []
         if step.decodes:
-            outputs += self._advance(step.decodes, 1)
+            self._advance(step.decodes, 1)
         for chunk in step.prefills:
-            outputs += self._advance((chunk.request,), chunk.length)
-        return outputs
+            self._advance((chunk.request,), chunk.length)
 
-    def _advance(self, requests: Sequence[Request], length: int) -> list[Output]:
+    def _advance(self, requests: Sequence[Request], length: int) -> None:
         logits = self._runner.run(requests, length)
         for request in requests:
             request.num_computed += length
         rows = [index for index, request in enumerate(requests) if request.samples_next]
         if not rows:
-            return []
+            return
         entries = [self._entries[requests[index].id] for index in rows]
         if len(rows) < len(requests):
             logits = logits[rows]
         tokens = choose(logits, [entry.sampler for entry in entries])
-        return [self._emit(entry, token) for entry, token in zip(entries, tokens, strict=True)]
+        # One by one into what is unread: an error further on must not take along what a request has got already.
+        for entry, token in zip(entries, tokens, strict=True):
+            self._unread.append(self._emit(entry, token))
 
     def _emit(self, entry: _Entry, token: int) -> Output:
         request = entry.request
@@ -220,10 +227,16 @@ class TransformersEngine:
         self._unread += [output for output in outputs if output.request_id not in ids]
         return [output for output in outputs if output.request_id in ids]
 
+    def _is_open(self, request_id: str) -> bool:
+        """Whether outputs of the request are to come, or wait to be read: another caller's step may have ended it."""
+        return request_id in self._entries or any(output.request_id == request_id for output in self._unread)
+
     def _abort_live(self, ids: Sequence[str]) -> None:
+        """End what still runs of ``ids``; outputs that nobody will read go too."""
         for request_id in ids:
             if request_id in self._entries:
                 self.abort(request_id)
+        self._unread = [output for output in self._unread if output.request_id not in ids]
 
     def _encode(self, prompt: Prompt) -> tuple[int, ...]:
         if isinstance(prompt, str):
@@ -232,8 +245,9 @@ class TransformersEngine:
                     "the prompt is text and the engine has no tokenizer; give token ids",
                     option="prompt", value=prompt, expected="token ids",
                 )  # fmt: skip
-            return tuple(self._tokenizer.encode(prompt))
-        tokens = tuple(int(token) for token in prompt)
+            tokens = tuple(self._tokenizer.encode(prompt))
+        else:
+            tokens = tuple(map(_token_id, prompt))
         wrong = [token for token in tokens if not 0 <= token < self._vocab_size]
         if wrong:
             raise RequestError(
@@ -241,6 +255,15 @@ class TransformersEngine:
                 option="prompt", value=wrong[0], expected=f"0 to {self._vocab_size - 1}",
             )  # fmt: skip
         return tokens
+
+
+def _token_id(token: object) -> int:
+    try:
+        return index(token)  # type: ignore[arg-type]
+    except TypeError:
+        raise RequestError(
+            f"{token!r} is no token id", option="prompt", value=token, expected="whole numbers, or a text"
+        ) from None
 
 
 def _completion(entry: _Entry, reason: FinishReason) -> Completion:

@@ -52,7 +52,8 @@ class PagedCache(Cache):
         self._updated = layer_idx
         if not layer.spec.mla:
             return key_states, value_states
-        return self._gather_latent(layer, layer.key), self._gather_latent(layer, layer.value)
+        latent = self._gather_latent(layer, layer.key).to(key_states.dtype)
+        return latent, self._gather_latent(layer, layer.value).to(value_states.dtype)
 
     def take_attention_layer(self) -> AttentionLayer:
         """The layer of the last :meth:`update`; modules that layers share do not know their own index.

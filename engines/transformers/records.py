@@ -17,6 +17,9 @@ if TYPE_CHECKING:
 
 FinishReason = Literal["stop", "length", "abort"]
 
+MIN_TEMPERATURE = 1e-6
+"""Below it logits divided by the temperature may leave the range of numbers."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SamplingParams:
@@ -42,12 +45,15 @@ class SamplingParams:
 
         :raises RequestError: naming the setting, its value and the right range.
         """
+        heat, share, stops = self.temperature, self.top_p, self.stop_token_ids
+        warm = _is_number(heat) and math.isfinite(heat) and (heat == 0 or heat >= MIN_TEMPERATURE)
         checks: tuple[tuple[str, bool, str], ...] = (
-            ("max_new_tokens", self.max_new_tokens >= 1, "a whole number above zero"),
-            ("temperature", math.isfinite(self.temperature) and self.temperature >= 0, "a finite number from 0"),
-            ("top_k", self.top_k >= 0, "a whole number from 0, where 0 takes all"),
-            ("top_p", 0 < self.top_p <= 1, "a number above 0 and up to 1"),
-            ("seed", self.seed is None or 0 <= self.seed < 2**63, "a whole number from 0 to 2**63 - 1"),
+            ("max_new_tokens", _is_whole(self.max_new_tokens, 1), "a whole number above zero"),
+            ("temperature", warm, f"0, or a finite number from {MIN_TEMPERATURE}"),
+            ("top_k", _is_whole(self.top_k, 0), "a whole number from 0, where 0 takes all"),
+            ("top_p", _is_number(share) and 0 < share <= 1, "a number above 0 and up to 1"),
+            ("seed", self.seed is None or _is_whole(self.seed, 0, 2**63), "a whole number from 0 to 2**63 - 1"),
+            ("stop_token_ids", isinstance(stops, (tuple, list)) and all(_is_whole(t, 0) for t in stops), "token ids"),
         )
         for name, right, expected in checks:
             value = getattr(self, name)
@@ -128,3 +134,11 @@ class Ready(Protocol):
     @property
     def cleared_groups(self) -> frozenset[int]:
         """Attention groups whose backend reads unwritten slots, so that blocks are cleared at hand-out."""
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
+def _is_whole(value: object, least: int, end: float = math.inf) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and least <= value < end

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from ...cache.staging import stage
-from ...errors import ConfigError
+from ...errors import ConfigError, IntegrityError
 from .attention import CONTEXT, NAME, register
 from .binding import bind
 from .families import Traits
@@ -50,8 +50,17 @@ class ModelRunner:
         Several requests only with one token each: a longer batch would need padding, which states cannot ignore.
 
         :return: logits of each request's last token, (B, V).
-        :raises IntegrityError: if a state is not the request's, or not of its tokens so far.
+        :raises IntegrityError: if a state is not the request's, or not of its tokens so far, and if the model no
+            longer calls the engine's attention: the engine was closed, or somebody gave the model another.
         """
+        attention = self._model.config._attn_implementation
+        if attention != NAME:
+            raise IntegrityError(
+                f"the model calls attention {attention!r}, which knows nothing of the cache; an engine that was closed"
+                f" cannot go on, and while one is open the attention must stay {NAME!r}",
+                value=attention,
+                expected=NAME,
+            )
         step = build_step(self._binding, requests, query_len, self._device)
         cache = PagedCache(self._binding, step)
         self._ledger.begin(requests, step.state_blocks)
