@@ -11,8 +11,9 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TaskProgressColumn, TextColumn
 
+from .engines.checkpoint import require_checkpoint
 from .report import make_console, plan_summary, reasons
-from .startup import prepare
+from .startup import BUNDLED_MODEL, prepare
 
 if TYPE_CHECKING:
     from .engines.transformers.engine import TransformersEngine
@@ -39,7 +40,8 @@ def run(launch: Launch, options: Mapping[str, Any]) -> dict[str, Any]:
     :raises MakereadyError: as :func:`makeready.prepare` and the engine do.
     """
     console = make_console(quiet=launch.quiet)
-    ready = prepare(launch.model, **options)
+    model = require_checkpoint(launch.model or BUNDLED_MODEL)
+    ready = prepare(model, **options)
     facts = ready.to_dict()
     prepared = time.perf_counter()
     console.print(plan_summary(facts))
@@ -83,10 +85,12 @@ def _generate(engine: TransformersEngine, launch: Launch, console: Console) -> l
         completions = engine.generate(
             launch.prompts, launch.params, lambda progress: bar.update(task, completed=progress.tokens)
         )
+    if launch.quiet:
+        return completions
     for prompt, completion in zip(launch.prompts, completions, strict=True):
         console.print()
         console.print(prompt, style="bold", end="", markup=False, soft_wrap=True)
-        console.print(completion.text, markup=False, soft_wrap=True)
+        console.file.write(f"{completion.text}\n")
     return completions
 
 
@@ -95,7 +99,7 @@ def _streamed(engine: TransformersEngine, launch: Launch, console: Console) -> C
     console.print(launch.prompts[0], style="bold", end="", markup=False, soft_wrap=True)
 
     def show(output: Output) -> None:
-        console.print(output.text, end="", markup=False, soft_wrap=True)
+        console.file.write(output.text)  # as it is: rich would turn tabs into spaces
         console.file.flush()
 
     completion = engine.generate(launch.prompts, launch.params, on_output=show)[0]

@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING, Any
 from .attention_backends.interface import AttentionBackend, Probe
 from .config import EngineConfig
 from .device import DeviceFacts
-from .errors import ConfigError, PlatformError
+from .engines.checkpoint import require_checkpoint
+from .errors import ConfigError, PlatformError, PluginError
 from .hybrid.model_specs import ModelSpec, read_model
 from .platforms.backends import choose_backends
 from .platforms.interface import Platform
@@ -22,6 +23,7 @@ from .platforms.planning import block_size_request, plan_model, without_idle_blo
 from .platforms.ready import Ready, make_ready
 from .platforms.selection import select_platform
 from .plugins.manager import Plugins, load_plugins
+from .plugins.records import BackendOffers
 
 if TYPE_CHECKING:
     from .engines.transformers.records import Completion, Progress, SamplingParams
@@ -137,6 +139,7 @@ def launch(
     prompts: Sequence[str] = ("A function definition",),
     params: SamplingParams | None = None,
     on_progress: Callable[[Progress], None] | None = None,
+    plugins: Plugins | None = None,
     **options: Any,
 ) -> list[Completion]:
     """Generate with the embedded engine on top of :func:`prepare`; one completion per prompt, in order.
@@ -147,7 +150,9 @@ def launch(
     """
     from .engines.transformers.launching import open_engine
 
-    engine = open_engine(prepare(model, **options))
+    config = _as_config(BUNDLED_MODEL if model is None else model, options)
+    require_checkpoint(config.model.model)
+    engine = open_engine(prepare(config, plugins=plugins))
     try:
         return engine.generate(prompts, params, on_progress)
     finally:
@@ -201,8 +206,9 @@ def _planned_surroundings(config: EngineConfig, plugins: Plugins) -> _Surroundin
         present=False,
     )
     offers = plugins.attention_backends(device)
+    _require_offered(config.attention.backend, offers, auto_may_choose=True)
     return _Surroundings(
-        platform=platform,
+        platform=replace(platform, backend_order=platform.planned_order),
         device=device,
         plugins=plugins,
         backends=tuple(offer.backend for offer in offers.offered),
@@ -225,6 +231,7 @@ def _surroundings_here(config: EngineConfig, plugins: Plugins) -> _Surroundings:
     if config.device.device_memory_bytes is not None:
         device = replace(device, memory_bytes=config.device.device_memory_bytes)
     offers = plugins.attention_backends(device)
+    _require_offered(config.attention.backend, offers, auto_may_choose=False)
     backends = tuple(offer.backend for offer in offers.offered)
     others = (candidate for candidate in chosen.candidates if not candidate.chosen)
     return _Surroundings(
@@ -238,6 +245,26 @@ def _surroundings_here(config: EngineConfig, plugins: Plugins) -> _Surroundings:
             *(f"platform {candidate.name}: {candidate.reason}" for candidate in others),
             *(problem.sentence() for problem in (*plugins.problems, *offers.problems)),
         ),
+    )
+
+
+def _require_offered(asked: str | None, offers: BackendOffers, *, auto_may_choose: bool) -> None:
+    """A plugin whose backends cannot be had is an error where it might have been the one.
+
+    :param auto_may_choose: True where nothing runs: a plan shows the broken plugin among its refusals.
+    :raises PluginError: naming the plugins, and how to go on without them.
+    """
+    known = [offer.backend.name for offer in offers.offered]
+    if not offers.problems or asked in known or (asked is None and auto_may_choose):
+        return
+    broken = ",".join(problem.name for problem in offers.problems)
+    wanted = f"backend {asked!r} is not known" if asked is not None else "no backend is chosen beside a broken plugin"
+    raise PluginError(
+        f"{wanted}: {'; '.join(problem.sentence() for problem in offers.problems)}; repair it, name one of "
+        f"{', '.join(known)}, or leave it out with MAKEREADY_DISABLE_PLUGINS={broken}",
+        option="backend",
+        value=asked,
+        expected=known,
     )
 
 

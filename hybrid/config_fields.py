@@ -21,8 +21,8 @@ class ConfigFields:
     source: str
     """The file, or words for a dict."""
     values: Mapping[str, Any]
-    weights_bytes: int | None = None
-    """Bytes of the checkpoint's safetensors files; ``None`` where there are none beside the config."""
+    folder: Path | None = None
+    """Where the configuration was found, with weights beside it or not; ``None`` for a dict or a preset."""
 
     def has(self, name: str) -> bool:
         """True if the field is there and not null."""
@@ -143,7 +143,7 @@ def load_config(model: str | Path | Mapping[str, Any], *, name: str | None = Non
             value=str(model),
             expected="a JSON object",
         )
-    return _text_part(ConfigFields(str(file), values, _weights_bytes(file.parent)))
+    return _text_part(ConfigFields(str(file), values, file.parent))
 
 
 def _text_part(fields: ConfigFields) -> ConfigFields:
@@ -152,12 +152,7 @@ def _text_part(fields: ConfigFields) -> ConfigFields:
         return fields
     inner = fields.part("text_config")
     outer = {name: fields.values[name] for name in (*_SHARED, "model_type") if fields.has(name)}
-    return ConfigFields(inner.source, {**outer, **inner.values}, fields.weights_bytes)
-
-
-def _weights_bytes(folder: Path) -> int | None:
-    sizes = [file.stat().st_size for file in folder.glob("*.safetensors")]
-    return sum(sizes) if sizes else None
+    return ConfigFields(inner.source, {**outer, **inner.values}, fields.folder)
 
 
 def _is_list(value: object) -> bool:

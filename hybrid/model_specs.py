@@ -24,6 +24,7 @@ from .layer_patterns import LayerKind, explicit_layers
 from .mixers import Rank
 from .presets import preset
 from .state_fields import state_spec
+from .weight_files import weights_bytes
 
 ENGINES = ("vllm", "transformers")
 FULL = (LayerKind.ATTENTION, LayerKind.BOTH)
@@ -54,7 +55,7 @@ class ModelSpec:
     """Soft cap of attention logits."""
     sinks: bool = False
     weights_bytes: int | None = None
-    """Bytes of the whole checkpoint; ``None`` where no checkpoint was seen."""
+    """Bytes of all weights once they are loaded as ``dtype``; ``None`` where no checkpoint was seen."""
     notes: tuple[str, ...] = ()
     """What was assumed, in sentences."""
 
@@ -132,7 +133,7 @@ def read_model(
         layers=tuple(_layer_specs(fields, layers, full, windowed, state)),
         soft_cap=fields.number("attn_logit_softcapping"),
         sinks=family.sinks,
-        weights_bytes=fields.weights_bytes,
+        weights_bytes=weights_bytes(fields.folder, model_dtype) if fields.folder is not None else None,
         notes=tuple(notes),
     )
 

@@ -39,12 +39,19 @@ class Platform:
     """Tokens that phase 1 starts from."""
     backend_order: tuple[str, ...] = ("flash", "flex", "reference")
     """Attention backends that automatic selection tries, best first."""
+    seldom_installed: tuple[str, ...] = ()
+    """Backends whose software few machines have: used where it is, planned for only when asked, or last."""
     constraints: tuple[Constraint, ...] = ()
     """What every block size on this platform must satisfy."""
     state_constraints: tuple[StateConstraint, ...] = ()
     """What models with certain states must satisfy on top."""
     min_compute_capability: tuple[int, int] | None = None
     """Oldest CUDA compute capability that is served; ``None`` for all."""
+
+    @property
+    def planned_order(self) -> tuple[str, ...]:
+        """``backend_order`` for a device that is not probed."""
+        return (*(name for name in self.backend_order if name not in self.seldom_installed), *self.seldom_installed)
 
     def declared_constraints(self, request: BlockSizeRequest) -> tuple[Constraint, ...]:
         """What this platform adds for the states in ``request``."""

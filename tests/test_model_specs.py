@@ -59,12 +59,39 @@ def test_three_ways_to_list_the_same_layers(layers: dict[str, Any]) -> None:
 def test_one_model_from_a_dict_a_file_and_a_directory(tmp_path) -> None:
     config = NEMOTRON | {"time_step_limit": [0.0, {"__float__": "Infinity"}]}
     (tmp_path / "config.json").write_text(json.dumps(config), encoding="utf-8")
-    (tmp_path / "model-00001-of-00002.safetensors").write_bytes(b"x" * 10)
-    (tmp_path / "model-00002-of-00002.safetensors").write_bytes(b"x" * 5)
+    write_weights(tmp_path / "model-00001-of-00002.safetensors", a=("BF16", [2, 3]), scales=("U8", [4]))
+    write_weights(tmp_path / "model-00002-of-00002.safetensors", b=("F32", [5]))
     from_dict, from_file, from_dir = (read_model(m) for m in (config, tmp_path / "config.json", str(tmp_path)))
     assert from_dict.layers == from_file.layers == from_dir.layers
     assert from_dict.weights_bytes is None
-    assert from_dir.weights_bytes == 15
+    assert from_dir.weights_bytes == 2 * (6 + 5) + 4
+    assert read_model(tmp_path, dtype="float32").weights_bytes == 4 * (6 + 5) + 4
+
+
+def test_files_that_the_index_does_not_name_do_not_count(tmp_path) -> None:
+    (tmp_path / "config.json").write_text(json.dumps(NEMOTRON), encoding="utf-8")
+    write_weights(tmp_path / "model-00001-of-00001.safetensors", a=("BF16", [8]))
+    write_weights(tmp_path / "consolidated.safetensors", a=("BF16", [8]))
+    index = tmp_path / "model.safetensors.index.json"
+    index.write_text(json.dumps({"weight_map": {"a": "model-00001-of-00001.safetensors"}}), encoding="utf-8")
+    assert read_model(tmp_path).weights_bytes == 16
+    index.write_text(json.dumps({"weight_map": {"a": "model-00002-of-00001.safetensors"}}), encoding="utf-8")
+    with pytest.raises(ModelConfigError, match="names model-00002-of-00001.safetensors, which is not there"):
+        read_model(tmp_path)
+
+
+def test_a_file_that_is_no_safetensors_file_is_named(tmp_path) -> None:
+    (tmp_path / "config.json").write_text(json.dumps(NEMOTRON), encoding="utf-8")
+    (tmp_path / "model.safetensors").write_bytes(b"\xff" * 64)
+    with pytest.raises(ModelConfigError, match="model.safetensors cannot be read as a safetensors file: a header of"):
+        read_model(tmp_path)
+
+
+def write_weights(file, **tensors) -> None:
+    """A safetensors header with these dtypes and shapes, and no data: planning reads no more."""
+    header = {name: {"dtype": dtype, "shape": shape, "data_offsets": [0, 0]} for name, (dtype, shape) in tensors.items()}
+    text = json.dumps(header).encode()
+    file.write_bytes(len(text).to_bytes(8, "little") + text)
 
 
 def test_a_nested_text_config_is_read_with_the_outer_dtype() -> None:

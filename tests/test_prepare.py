@@ -7,7 +7,7 @@ import json
 import pytest
 
 import makeready
-from makeready.errors import BackendError, CapacityError, ConfigError, ModelConfigError
+from makeready.errors import BackendError, CapacityError, ConfigError, ModelConfigError, PluginError
 from makeready.plugins.hookspecs import hookimpl
 from makeready.plugins.manager import load_plugins
 from makeready.startup import BUNDLED_MODEL
@@ -91,7 +91,7 @@ def test_a_budget_too_small_for_one_request_says_what_is_needed():
 
 
 def test_a_preset_can_be_planned_but_not_launched():
-    with pytest.raises(ModelConfigError, match="can be planned but not launched"):
+    with pytest.raises(ModelConfigError, match="a preset can be planned but not launched"):
         makeready.launch("ibm-granite/granite-4.0-h-1b", backend="reference", memory_bytes=2**28, max_model_len=4096)
 
 
@@ -122,3 +122,28 @@ def test_launch_returns_one_completion_per_prompt():
     done = makeready.launch(prompts=prompts, backend="reference", dtype="float32")
     assert done[0].text.startswith(" occurs within a block")
     assert len(done) == 2
+
+
+def test_a_mistyped_checkpoint_costs_no_memory(monkeypatch):
+    monkeypatch.setattr("makeready.startup.make_ready", lambda *_: pytest.fail("the cache was allocated"))
+    with pytest.raises(ModelConfigError, match="'/no/such/model' is not a directory"):
+        makeready.launch("/no/such/model", memory_bytes=2**30)
+
+
+def test_a_plugin_whose_backends_fail_is_an_error_unless_another_is_named():
+    class Broken:
+        @hookimpl
+        def makeready_attention_backends(self, device):
+            raise OSError("libvendor.so is gone")
+
+    plugins = load_plugins(extra=[("vendor", Broken())])
+    for backend in ("vendor_attention", None):
+        with pytest.raises(PluginError, match="plugin 'vendor' .*libvendor.so is gone.*MAKEREADY_DISABLE_PLUGINS=vendor"):
+            makeready.prepare(backend=backend, plugins=plugins)
+    assert "libvendor.so is gone" in makeready.prepare(backend="reference", plugins=plugins).explain()
+    assert "libvendor.so is gone" in makeready.plan(BUNDLED_MODEL, platform="cuda", plugins=plugins).explain()
+
+
+def test_a_plan_for_a_cpu_expects_only_what_most_machines_have():
+    assert makeready.plan(BUNDLED_MODEL, platform="cpu").to_dict()["kernel_block_sizes"].keys() == {"flex"}
+    assert makeready.plan(BUNDLED_MODEL, platform="cpu", backend="flash").layers[1].backend in (None, "flash")

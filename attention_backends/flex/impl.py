@@ -7,6 +7,7 @@ from dataclasses import dataclass, field, replace
 
 import torch
 
+from ...cache.staging import stage
 from ...errors import BackendError
 from ..interface import AttentionCall, AttentionImpl
 from ..metadata import StepMetadata
@@ -99,7 +100,8 @@ class FlexAttention(AttentionImpl):
             start += count
         num_blocks = max(16, 1 << (start - 1).bit_length())
         width = max(counts)
-        table = torch.tensor([table + [0] * (width - len(table)) for table in tables], dtype=torch.int32)
+        padded = [block for table in tables for block in (*table, *[0] * (width - len(table)))]
+        table = stage(padded, torch.int32, query.device).view(len(tables), width)
         cache = FlatCache(
             _lay_out(keys, counts, num_blocks, size),
             _lay_out(values, counts, num_blocks, size),
@@ -107,7 +109,7 @@ class FlexAttention(AttentionImpl):
             num_blocks,
             size,
         )
-        metadata = _metadata(replace(step, block_table=table.to(query.device), block_size=size), settings)
+        metadata = _metadata(replace(step, block_table=table, block_size=size), settings)
         return self._attend(query, cache, metadata, settings, call)
 
     def _attend(
@@ -176,7 +178,7 @@ def _group_tensors(group: RowGroup, settings: FlexSettings, device: torch.device
     for index, row in enumerate(group.rows):
         tokens.extend(range(row.token, row.token + row.count))
         places.extend(range(index * group.length, index * group.length + row.count))
-    both = torch.tensor([tokens, places], dtype=torch.int64).to(device, non_blocking=True)
+    both = stage([*tokens, *places], torch.int64, device).view(2, -1)
     return GroupTensors(group, settings.batch_rows(len(group.rows)), both[0], both[1])
 
 

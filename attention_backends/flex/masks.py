@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
+from ...cache.staging import stage
 from ...errors import BackendError
 from .rows import BlockRange, RowGroup, visited_blocks
 from .settings import FlexSettings
@@ -48,9 +49,8 @@ def block_lists(
         (row.request, row.position, row.seq_len, span.first, span.full, span.tail, span.end)
         for row, span in zip(group.rows, ranges, strict=True)
     ] + [(0,) * 7] * padding
-    request, position, seq_len, first, full, tail, end = (
-        torch.tensor(facts, dtype=torch.int32).t().contiguous().to(device, non_blocking=True)
-    )
+    columns = [number for column in zip(*facts, strict=True) for number in column]
+    request, position, seq_len, first, full, tail, end = stage(columns, torch.int32, device).view(7, len(facts))
     per_block = cache.block_size // kernel_block
     tables = block_table[request.long()]
     head = full - first

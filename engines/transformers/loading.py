@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from ...errors import ModelConfigError
+from ..checkpoint import require_checkpoint
 from .families import check_version
 
 OnProgress = Callable[[str, float], None]
@@ -32,8 +33,7 @@ def load_model(
     import transformers
 
     check_version(transformers.__version__)
-    path = Path(directory)
-    _check_files(path)
+    path = require_checkpoint(directory)
     report = on_progress or (lambda what, share: None)
     with _quiet():
         report("tokenizer", 0.0)
@@ -48,19 +48,6 @@ def load_model(
     model = model.to(device).eval()
     report("ready", 1.0)
     return model, tokenizer
-
-
-def _check_files(path: Path) -> None:
-    if not path.is_dir():
-        raise _refuse(path, f"model {str(path)!r} is not a directory", "a checkpoint directory")
-    if not (path / "config.json").is_file():
-        raise _refuse(path, f"{path} has no config.json", "config.json")
-    weights = sorted(path.glob("*.safetensors"))
-    if not weights:
-        raise _refuse(path, f"{path} has no weights", "*.safetensors")
-    for file in weights:
-        if not file.stat().st_size:
-            raise _refuse(path, f"{file} is empty", "weights")
 
 
 def _guarded(path: Path, what: str, load: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
