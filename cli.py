@@ -264,6 +264,9 @@ def main(arguments: list[str] | None = None) -> None:
             _print_json(error.to_dict())
         click.echo(f"error: {error}", err=True)
         sys.exit(2)
+    except OSError as error:
+        click.echo(f"error: {error}", err=True)
+        sys.exit(1)
 
 
 if __name__ == "__main__":

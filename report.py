@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -32,29 +33,32 @@ def plan_summary(plan: Mapping[str, Any]) -> RenderableType:
 
 
 def doctor_summary(report: Mapping[str, Any]) -> RenderableType:
-    """What is installed, probed, chosen or refused, and why."""
+    """What is installed, probed, chosen or refused, and why; what is broken comes first."""
     parts: list[RenderableType] = [
         Text(f"makeready {report['makeready']}, Python {report['python']}, {report['system']}"),
-        Text(),
-        Text("platforms", style="bold"),
     ]
-    for platform in report["platforms"]:
-        mark = "*" if platform["chosen"] else "+" if platform["available"] else "-"
-        wheel = platform["distribution"] or "no wheel installed: plans only"
-        parts.append(Text(f"{mark} {platform['name']} ({wheel})", style="green" if platform["available"] else ""))
-        parts.append(_bullet(platform["verdict"]))
-        parts += [
-            _bullet(f"backend {backend['name']}: {backend['reason']}", "+" if backend["available"] else "-")
-            for backend in platform["backends"]
-        ]
-    parts += [Text(), Text(f"auto takes {report['auto'] or 'nothing'}", style="bold"), _bullet(report["auto_reason"])]
     for title, sentences in (
-        ("plugins that are broken", [problem["sentence"] for problem in report["problems"]]),
+        ("plugins that are broken", [f"[{problem['stage']}] {problem['sentence']}" for problem in report["problems"]]),
         ("plugins left out by MAKEREADY_DISABLE_PLUGINS", report["disabled"]),
         ("mind", report["notes"]),
     ):
         if sentences:
             parts += [Text(), Text(title, style="bold red"), *map(_bullet, sentences)]
+    parts += [Text(), Text("platforms  (* auto takes it, + usable, - not usable)", style="bold")]
+    for platform in report["platforms"]:
+        mark = "*" if platform["chosen"] else "+" if platform["available"] else "-"
+        wheel = platform["distribution"] or "plans only"
+        parts.append(Text(f"{mark} {platform['name']} ({wheel})", style="green" if platform["available"] else ""))
+        parts.append(_bullet(platform["verdict"], " "))
+        parts += [
+            _bullet(
+                f"backend {backend['name']}: {backend['reason']}",
+                "+" if backend["available"] and platform["available"] else "-",
+            )
+            for backend in platform["backends"]
+        ]
+    chosen = f"auto takes {report['auto']}" if report["auto"] else "auto takes no platform"
+    parts += [Text(), Text(chosen, style="bold"), _bullet(report["auto_reason"])]
     software = ", ".join(f"{name} {version or 'not installed'}" for name, version in report["software"].items())
     return Group(*parts, Text(), Text("software", style="bold"), _bullet(software))
 
@@ -73,7 +77,8 @@ def reasons(plan: Mapping[str, Any]) -> RenderableType:
 def make_console(*, quiet: bool = False) -> Console:
     """A console as wide as the terminal; output that is piped gets lines wide enough to read and to grep."""
     console = _console(quiet)
-    return console if console.is_terminal else _console(quiet, width=PIPED_WIDTH)
+    wide_enough = console.is_terminal or "COLUMNS" in os.environ
+    return console if wide_enough else _console(quiet, width=PIPED_WIDTH)
 
 
 def _console(quiet: bool, width: int | None = None) -> Console:

@@ -40,6 +40,7 @@ def run(launch: Launch, options: Mapping[str, Any]) -> dict[str, Any]:
     :raises MakereadyError: as :func:`makeready.prepare` and the engine do.
     """
     console = make_console(quiet=launch.quiet)
+    launch.params.validated()
     model = require_checkpoint(launch.model or BUNDLED_MODEL)
     ready = prepare(model, **options)
     facts = ready.to_dict()
@@ -54,6 +55,8 @@ def run(launch: Launch, options: Mapping[str, Any]) -> dict[str, Any]:
     with _loading(console) as on_progress:
         engine = open_engine(ready, on_progress)
     loaded = time.perf_counter()
+    if any(attention.name == "flex" for attention in ready.attention.values()):
+        console.print("flex compiles its kernels before the first tokens; later runs find them in torch's cache")
     try:
         completions = _generate(engine, launch, console)
     finally:
@@ -89,16 +92,20 @@ def _generate(engine: TransformersEngine, launch: Launch, console: Console) -> l
         return completions
     for prompt, completion in zip(launch.prompts, completions, strict=True):
         console.print()
-        console.print(prompt, style="bold", end="", markup=False, soft_wrap=True)
+        console.print(prompt, style="bold", end="", soft_wrap=True)
         console.file.write(f"{completion.text}\n")
     return completions
 
 
 def _streamed(engine: TransformersEngine, launch: Launch, console: Console) -> Completion:
-    console.print()
-    console.print(launch.prompts[0], style="bold", end="", markup=False, soft_wrap=True)
+    started = False
 
     def show(output: Output) -> None:
+        nonlocal started
+        if not started:
+            console.print()
+            console.print(launch.prompts[0], style="bold", end="", soft_wrap=True)
+            started = True
         console.file.write(output.text)  # as it is: rich would turn tabs into spaces
         console.file.flush()
 

@@ -191,9 +191,9 @@ def _planned_surroundings(config: EngineConfig, plugins: Plugins) -> _Surroundin
     platforms = plannable_platforms(plugins.providers)
     asked = config.device.platform
     if asked is None or asked not in platforms:
-        said = "no platform was given" if asked is None else f"platform {asked!r} is not known"
+        said = "a plan needs a platform" if asked is None else f"platform {asked!r} is not known"
         raise PlatformError(
-            f"{said}; platforms to plan for are {', '.join(platforms)}",
+            f"{said}: give --platform, or platform= in Python, as one of {', '.join(platforms)}",
             option="platform",
             value=asked,
             expected=list(platforms),

@@ -118,6 +118,13 @@ def load_config(model: str | Path | Mapping[str, Any], *, name: str | None = Non
     """
     if isinstance(model, Mapping):
         return _text_part(ConfigFields(name or "the configuration dict", model))
+    if not isinstance(model, (str, Path)) or not str(model).strip():
+        raise ModelConfigError(
+            f"model {model!r} is no preset name, no path and no dict",
+            option="model",
+            value=model,
+            expected="a preset name, a directory with config.json, a config.json, or a dict with its content",
+        )
     path = Path(model).expanduser()
     file = path / "config.json" if path.is_dir() else path
     try:

@@ -171,9 +171,9 @@ def _family(fields: ConfigFields) -> tuple[str, Family]:
             expected=sorted(FAMILIES),
         )
     close = get_close_matches(model_type, FAMILIES, n=3)
-    hint = f"; did you mean {' or '.join(close)}?" if close else ""
+    hint = f", did you mean {' or '.join(close)}" if close else ""
     raise UnsupportedModelError(
-        f"model_type {model_type!r} of {fields.source} is not known{hint} Known are {', '.join(sorted(FAMILIES))}",
+        f"model_type {model_type!r} of {fields.source} is not known{hint}; known are {', '.join(sorted(FAMILIES))}",
         option="model_type",
         value=model_type,
         expected=sorted(FAMILIES),

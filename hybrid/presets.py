@@ -53,13 +53,13 @@ def preset(name: str) -> Preset:
     presets = _presets()
     short = {known.rpartition("/")[2].lower(): known for known in presets}
     close = get_close_matches(name.rpartition("/")[2].lower(), short, n=3, cutoff=0.5)
-    hint = f"; did you mean {' or '.join(short[match] for match in close)}?" if close else ""
+    hint = f", did you mean {' or '.join(short[match] for match in close)}" if close else ""
     raise ModelConfigError(
-        f"{name!r} is no preset and no path to a checkpoint{hint} There are {len(presets)} presets, such as "
-        f"{', '.join(preset_names()[:3])}",
+        f"{name!r} is no directory, no config.json and no preset{hint}; `makeready plan --list` prints the "
+        f"{len(presets)} presets",
         option="model",
         value=name,
-        expected=[short[match] for match in close] or list(preset_names()),
+        expected=[short[match] for match in close] or "a name that makeready plan --list prints, or a path",
     )
 
 

@@ -272,7 +272,7 @@ def _budget(model: ModelSpec, config: EngineConfig, device: DeviceFacts | None, 
         return None
     share = int(total * config.cache.memory_fraction)
     weights = -(-(model.weights_bytes or 0) // model.tensor_parallel_size)
-    known = f"{format_bytes(weights)} of weights" if weights else "weights, which are not known and count as 0"
+    known = f"{format_bytes(weights)} of weights" if weights else "weights, whose size is not known and counts as 0"
     reasons.append(
         f"memory: {config.cache.memory_fraction:g} of {format_bytes(total)} less {known} leaves "
         f"{format_bytes(max(0, share - weights))} for the cache."

@@ -54,7 +54,7 @@ class Ready:
 
     def explain(self) -> str:
         """Platform, backend per layer, block size, pages, capacity, each with its reason."""
-        return "\n".join([self.plan.explain(), *(f"  - {note}" for note in self.notes)])
+        return "\n".join([self.plan.explain(), "on the device:", *(f"  - {note}" for note in self.notes)])
 
     def to_dict(self) -> dict[str, object]:
         """The plan's values, with those that are known only on the device."""

@@ -133,7 +133,7 @@ def examine(plugins: Plugins) -> DoctorReport:
                 distribution=provider.distribution,
                 probe=probe,
                 chosen=provider.name == auto,
-                verdict=verdicts.get(provider.name, auto_reason),
+                verdict=verdicts.get(provider.name, probe.reason),
                 backends=backends,
             )
         )
@@ -147,7 +147,7 @@ def examine(plugins: Plugins) -> DoctorReport:
         plugins=plugins.infos,
         problems=tuple(dict.fromkeys((*plugins.problems, *probe_problems, *backend_problems))),
         disabled=plugins.disabled,
-        platforms=(*platforms, *_only_planned(probes)),
+        platforms=(*platforms, *_only_planned(probes, plugins.problems)),
         auto=auto,
         auto_reason=auto_reason,
     )
@@ -214,12 +214,15 @@ def _planned_device(provider: PlatformProvider) -> DeviceFacts:
     return DeviceFacts(platform=provider.name, device_type=provider.platform.device_type, present=False)
 
 
-def _only_planned(probes: dict[str, ProbeResult]) -> Sequence[PlatformReport]:
+def _only_planned(probes: dict[str, ProbeResult], problems: Sequence[PluginProblem]) -> Sequence[PlatformReport]:
     """Platforms that the package plans for and whose wheel is not installed."""
     reports = []
     for name, wheel in WHEELS.items():
         if name not in probes:
+            broken = next((problem for problem in problems if problem.may_provide(name)), None)
             reason = f"{name} can be planned for; to run on it: pip install {wheel}"
+            if broken is not None:
+                reason = f"{name} can be planned for; its wheel is installed and broken: {broken.exception}"
             probe = ProbeResult(available=False, reason=reason)
             reports.append(
                 PlatformReport(name=name, distribution=None, probe=probe, chosen=False, verdict=reason)

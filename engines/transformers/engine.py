@@ -245,7 +245,7 @@ class TransformersEngine:
                     "the prompt is text and the engine has no tokenizer; give token ids",
                     option="prompt", value=prompt, expected="token ids",
                 )  # fmt: skip
-            tokens = tuple(self._tokenizer.encode(prompt))
+            tokens = tuple(self._tokenizer.encode(_utf8(prompt)))
         else:
             tokens = tuple(map(_token_id, prompt))
         wrong = [token for token in tokens if not 0 <= token < self._vocab_size]
@@ -255,6 +255,18 @@ class TransformersEngine:
                 option="prompt", value=wrong[0], expected=f"0 to {self._vocab_size - 1}",
             )  # fmt: skip
         return tokens
+
+
+def _utf8(prompt: str) -> str:
+    """The prompt, once it is text: bytes of a shell that are no UTF-8 reach Python as lone surrogates."""
+    try:
+        prompt.encode()
+    except UnicodeEncodeError as error:
+        raise RequestError(
+            f"the prompt has bytes that are no UTF-8 text, from character {error.start} on",
+            option="prompt", value=ascii(prompt), expected="UTF-8 text, or token ids",
+        ) from None  # fmt: skip
+    return prompt
 
 
 def _token_id(token: object) -> int:

@@ -1,0 +1,5 @@
+"""``python -m makeready`` is the command ``makeready``."""
+
+from .cli import main
+
+main()
