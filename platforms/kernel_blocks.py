@@ -28,8 +28,9 @@ def kernel_constraints(backends: Iterable[Capabilities]) -> tuple[Constraint, ..
             rules.append(OneOf(backend.exact_block_sizes, owner=backend.name))
         if backend.kernel_block_sizes:
             rules.append(AnyMultipleOf(backend.kernel_block_sizes, owner=backend.name))
-        said = backend.kernel_block_sizes and all(n % backend.kernel_block_multiple == 0 for n in backend.kernel_block_sizes)
-        if backend.kernel_block_multiple > 1 and not said:
+        multiple, sizes = backend.kernel_block_multiple, backend.kernel_block_sizes
+        implied = bool(sizes) and all(size % multiple == 0 for size in sizes)
+        if multiple > 1 and not implied:
             rules.append(MultipleOf(backend.kernel_block_multiple, owner=backend.name))
     return checked(rules)
 

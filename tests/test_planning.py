@@ -145,7 +145,7 @@ def test_memory_comes_from_the_setting_then_the_device() -> None:
     plan = planned("Qwen/Qwen3-8B", device=device, memory_fraction=0.5)
     assert plan.capacity is not None
     assert plan.capacity.memory_bytes == 40 << 30
-    assert any("weights, which are not known and count as 0" in reason for reason in plan.reasons)
+    assert any("weights, whose size is not known and counts as 0" in reason for reason in plan.reasons)
     assert planned("Qwen/Qwen3-8B", device=device, memory_bytes=1 << 34).capacity.memory_bytes == 1 << 34  # type: ignore[union-attr]
     assert planned("Qwen/Qwen3-8B").capacity is None
     fixed = planned("Qwen/Qwen3-8B", num_blocks=1000).capacity
@@ -155,7 +155,8 @@ def test_memory_comes_from_the_setting_then_the_device() -> None:
 
 def test_weights_of_the_checkpoint_are_taken_off(tmp_path) -> None:
     (tmp_path / "config.json").write_text(json.dumps(PURE_MAMBA2), encoding="utf-8")
-    (tmp_path / "model.safetensors").write_bytes(b"x" * 1000)
+    header = json.dumps({"a": {"dtype": "BF16", "shape": [500], "data_offsets": [0, 1000]}}).encode()
+    (tmp_path / "model.safetensors").write_bytes(len(header).to_bytes(8, "little") + header + bytes(1000))
     device = DeviceFacts(platform="cpu", device_type="cpu", memory_bytes=1_000_000)
     plan = planned(tmp_path, CPU, device=device, memory_fraction=1)
     assert plan.capacity is not None

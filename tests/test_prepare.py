@@ -138,7 +138,7 @@ def test_a_plugin_whose_backends_fail_is_an_error_unless_another_is_named():
 
     plugins = load_plugins(extra=[("vendor", Broken())])
     for backend in ("vendor_attention", None):
-        with pytest.raises(PluginError, match="plugin 'vendor' .*libvendor.so is gone.*MAKEREADY_DISABLE_PLUGINS=vendor"):
+        with pytest.raises(PluginError, match="plugin 'vendor' .*libvendor.so is gone.*DISABLE_PLUGINS=vendor"):
             makeready.prepare(backend=backend, plugins=plugins)
     assert "libvendor.so is gone" in makeready.prepare(backend="reference", plugins=plugins).explain()
     assert "libvendor.so is gone" in makeready.plan(BUNDLED_MODEL, platform="cuda", plugins=plugins).explain()

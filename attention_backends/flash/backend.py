@@ -100,5 +100,6 @@ class FlashBackend(AttentionBackend):
         spoken_for = {provider.module for provider in self.providers}
         libraries = missing(device, [library for library in LIBRARIES if library.module not in spoken_for])
         seen = f" (libraries: {libraries})" if libraries else ""
-        where = device.platform if device.platform == device.device_type else f"{device.platform} ({device.device_type})"
+        same = device.platform == device.device_type
+        where = device.platform if same else f"{device.platform} ({device.device_type})"
         return f"flash has no provider that serves {where}: {tried}{seen}"

@@ -266,8 +266,8 @@ class Scheduler:
         if prompt + new > self._max_model_len:
             raise RequestError(
                 f"a prompt of {prompt} tokens and max_new_tokens {new} make {prompt + new}, more than the"
-                f" {self._max_model_len} that one request may have here (max_model_len, or what the cache holds); shorten"
-                " the prompt, ask for fewer new tokens, or give the cache more blocks",
+                f" {self._max_model_len} that one request may have here (max_model_len, or what the cache holds);"
+                " shorten the prompt, ask for fewer new tokens, or give the cache more blocks",
                 option="prompt", value=prompt + new, expected=f"<= {self._max_model_len}",
             )  # fmt: skip
         if not self._pool.fits(self._need(request.max_cached_tokens)):
