@@ -137,9 +137,7 @@ def read_model(
         tensor_parallel_size=tensor_parallel_size,
         num_layers=len(layers),
         max_model_len=_max_model_len(fields, notes),
-        layers=tuple(
-            _layer_specs(fields, layers, lambda index: unquantised if index in skipped else attention, state)
-        ),
+        layers=tuple(_layer_specs(fields, layers, lambda index: unquantised if index in skipped else attention, state)),
         soft_cap=fields.number("attn_logit_softcapping"),
         sinks=family.sinks,
         weights_bytes=fields.weights_bytes,
