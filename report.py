@@ -138,13 +138,16 @@ def _stages(stages: Sequence[Mapping[str, Any]], tightest: int) -> RenderableTyp
     for column in ("stage", "layers", "groups", "bytes per block", "blocks", "longest request", "at one time"):
         table.add_column(column, justify="left" if column in ("layers", "groups", "at one time") else "right")
     for stage in stages:
-        kinds = ", ".join(f"{len(group['layers'])} x {group['kind']}" for group in stage["groups"]) or "nothing stored"
+        kinds: dict[str, list[int]] = {}
+        for group in stage["groups"]:
+            kinds.setdefault(str(group["kind"]), []).append(len(group["layers"]))
+        stored = ", ".join(f"{sum(sizes)} {kind} in {len(sizes)}" for kind, sizes in kinds.items())
         fits = stage["capacity"]
         counts = ", ".join(f"{n} of {length}" for length, n in fits["concurrency"].items()) if fits else "-"
         table.add_row(
             f"{stage['index']}{' *' if stage['index'] == tightest else ''}",
             _ranges(stage["layers"]),
-            kinds,
+            stored or "nothing stored",
             format_bytes(stage["pool_bytes_per_block"]),
             str(fits["num_blocks"]) if fits else "-",
             str(fits["max_tokens"]) if fits else "-",

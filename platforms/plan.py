@@ -27,6 +27,8 @@ class PlannedLayer:
     """The attention backend; ``None`` for a state layer."""
     page_bytes: int
     """What the layer fills of its page, in bytes."""
+    kv_cache_dtype: str | None
+    """Dtype of its K and V; ``None`` for a state layer."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -124,7 +126,13 @@ class Plan:
             "sizes": self.sizes.to_dict(),
             "groups": self.stages[self.tightest_stage].group_dicts(),
             "layers": [
-                {"layer": x.layer, "kind": x.kind, "backend": x.backend, "page_bytes": x.page_bytes}
+                {
+                    "layer": x.layer,
+                    "kind": x.kind,
+                    "backend": x.backend,
+                    "page_bytes": x.page_bytes,
+                    "kv_cache_dtype": x.kv_cache_dtype,
+                }
                 for x in self.layers
             ],
             "states": _states(model),
@@ -161,7 +169,7 @@ class Plan:
             f"for one of {len(self.groups)} groups"
         )
         lines += [f"    group {g.index}       {len(g.layers)} x {g.kind}, {g.block_size} tokens" for g in self.groups]
-        lines += [*self.sizes.lines(), *self._stage_lines()]
+        lines += self._stage_lines()
         lines += self._capacity_lines()
         for title, sentences in (("why", self.reasons), ("refused", self.refusals), ("mind", self.warnings)):
             if sentences:

@@ -109,6 +109,8 @@ def plan_model(
     warnings = [*chosen.warnings, *_warnings(decision, tight), *_idle_stages(stages)]
     if capacity is None:
         said.append("capacity: not computed, no memory budget was given and the device's memory is not known.")
+    sizes = sizes_of(model, decision, tight, backends.values(), config)
+    said += sizes.sentences()
     max_model_len = served_max_model_len(config, capacity, stages, request.max_model_len, warnings)
     return Plan(
         model=model,
@@ -124,7 +126,7 @@ def plan_model(
         stages=stages,
         tightest_stage=tight.index,
         replicas=config.parallel.data_parallel_size,
-        sizes=sizes_of(model, decision, tight, backends.values(), config),
+        sizes=sizes,
         reasons=tuple(said),
         refusals=tuple(refusals),
         warnings=tuple(warnings),
@@ -231,12 +233,15 @@ def _state_tokens(model: ModelSpec) -> int:
 
 def _planned(layer: LayerSpec, backends: Mapping[int, Capabilities], decision: BlockSizeDecision) -> PlannedLayer:
     if isinstance(layer.spec, MambaSpec):
-        return PlannedLayer(layer=layer.layer, kind=layer.kind, backend=None, page_bytes=layer.spec.state_bytes)
+        return PlannedLayer(
+            layer=layer.layer, kind=layer.kind, backend=None, page_bytes=layer.spec.state_bytes, kv_cache_dtype=None
+        )
     return PlannedLayer(
         layer=layer.layer,
         kind=layer.kind,
         backend=backends[layer.layer].name,
         page_bytes=layer.spec.page_size_bytes(decision.block_size),
+        kv_cache_dtype=layer.spec.dtype,
     )
 
 

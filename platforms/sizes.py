@@ -51,20 +51,22 @@ class Sizes:
             "state_transfer_bytes": self.state_transfer_bytes,
         }
 
-    def lines(self) -> list[str]:
-        """One line per size, for people."""
-        kernel = ", ".join(f"{name} {size}" for name, size in self.kernel_block.items()) or "no attention kernel"
+    def sentences(self) -> list[str]:
+        """One per size, for people."""
+        kernel = ", ".join(f"{name} indexes {size}" for name, size in self.kernel_block.items())
         match = f"{self.match} tokens" if self.match is not None else "nothing"
-        checkpoint = f"every {self.checkpoint} tokens" if self.checkpoint is not None else "none kept"
+        kept = f"every {self.checkpoint} tokens" if self.checkpoint is not None else "nowhere on the way"
+        runs = "one run" if self.transfer_runs == 1 else f"{self.transfer_runs} runs"
         states = ""
         if self.state_transfer_bytes not in (None, self.transfer_bytes):
-            states = f"; states {self.state_transfer_bytes} bytes"
+            states = f", and for a state one of {self.state_transfer_bytes} bytes"
         return [
-            f"  sizes           a kernel indexes {kernel}; the pool hands out {self.block} tokens",
-            f"                  a prefix matches {match}: {self.match_reason}",
-            f"                  state checkpoints {checkpoint}",
-            f"                  a transfer moves {self.transfer_runs} x {format_bytes(self.transfer_bytes)} "
-            f"({self.transfer_bytes} bytes) per block id in {self.layout}{states}",
+            f"sizes, kernel block: {kernel} tokens." if kernel else "sizes, kernel block: no attention kernel.",
+            f"sizes, block: the pool hands out {self.block} tokens.",
+            f"sizes, match: a prefix matches {match}; {self.match_reason}.",
+            f"sizes, checkpoint: states are kept {kept}.",
+            f"sizes, transfer: per block id {runs} of {format_bytes(self.transfer_bytes)} ({self.transfer_bytes} bytes) "
+            f"in {self.layout}{states}.",
         ]
 
 
