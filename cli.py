@@ -11,7 +11,7 @@ import click
 
 from .config import KV_CACHE_DTYPES, LAYOUTS, MAMBA_CACHE_MODES, PAGE_STRATEGIES
 from .device import parse_bytes
-from .errors import MakereadyError
+from .errors import ConfigError, MakereadyError
 
 if TYPE_CHECKING:
     from .platforms.plan import Plan
@@ -22,6 +22,21 @@ Decorator = Callable[[Callable[..., Any]], Callable[..., Any]]
 def _size(_: click.Context, option: click.Parameter, value: str | None) -> int | None:
     """Bytes of an option that takes ``80GiB``, ``512MB`` or plain bytes."""
     return None if value is None else parse_bytes(value, option=option.opts[0])
+
+
+def _layers(_: click.Context, option: click.Parameter, value: str | None) -> tuple[int, ...] | None:
+    """Layer indices of an option that takes ``0,5``."""
+    if value is None:
+        return None
+    try:
+        return tuple(int(part) for part in value.split(",") if part.strip())
+    except ValueError:
+        raise ConfigError(
+            f"{option.opts[0]} {value!r} is no list of layers; write their indices, such as 0,5",
+            option=option.opts[0],
+            value=value,
+            expected="layer indices, such as 0,5",
+        ) from None
 
 
 def _options(*decorators: Decorator) -> Decorator:
@@ -43,6 +58,12 @@ _DECISIONS = _options(
         default="auto",
         show_default=True,
         help=f"Dtype of K and V in the cache: {', '.join(KV_CACHE_DTYPES)}.",
+    ),
+    click.option(
+        "--kv-cache-dtype-skip-layers",
+        callback=_layers,
+        metavar="N,N",
+        help="Layers whose K and V stay in the model's dtype, such as 0,5.",
     ),
     click.option(
         "--page-strategy",
@@ -83,6 +104,8 @@ def cli() -> None:
 @click.option("--list", "list_presets", is_flag=True, help="Print the names of the presets and stop.")
 @click.option("--platform", help="Platform to plan for: cpu, cuda, xpu or a plugin's. It need not be here.")
 @click.option("--tensor-parallel-size", "--tp", type=int, default=1, show_default=True, help="Ranks per layer.")
+@click.option("--pipeline-parallel-size", "--pp", type=int, default=1, show_default=True, help="Stages of layers.")
+@click.option("--data-parallel-size", "--dp", type=int, default=1, show_default=True, help="Replicas of the model.")
 @click.option("--num-speculative-tokens", type=int, default=0, show_default=True, help="Draft tokens per step.")
 @click.option("--device-memory", "device_memory_bytes", callback=_size, help="Total memory of the device.")
 @click.option(
@@ -206,9 +229,7 @@ def doctor(as_json: bool) -> None:
     make_console().print(doctor_summary(report))
 
 
-def _compare(
-    model: str, options: dict[str, Any], axes: tuple[str, ...], picture: str | None, as_json: bool
-) -> None:
+def _compare(model: str, options: dict[str, Any], axes: tuple[str, ...], picture: str | None, as_json: bool) -> None:
     """Plans side by side; refused ones keep their sentence, and only all of them refused is an error."""
     from .comparing import compare, comparison_table, parse_axes
 

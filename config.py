@@ -49,6 +49,7 @@ class CacheConfig:
         None, "KV block size; checked and kept when given, else found in two phases", "tokens"
     )
     kv_cache_dtype: str = setting("auto", "dtype of K and V; auto takes the model's")
+    kv_cache_dtype_skip_layers: tuple[int, ...] = setting((), "layers whose K and V stay in the model's dtype")
     page_strategy: str = setting(
         "auto",
         "how states and attention share the pool: unified (a block grows until it holds a state), subdivided (blocks "
@@ -95,6 +96,8 @@ class ParallelConfig:
     """How the model is spread over devices."""
 
     tensor_parallel_size: int = setting(1, "ranks that share each layer", "devices")
+    pipeline_parallel_size: int = setting(1, "stages that the layers are cut into, one after the other", "stages")
+    data_parallel_size: int = setting(1, "replicas of the whole model, each with its own requests", "replicas")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -160,6 +163,8 @@ class EngineConfig:
             ("device_memory_bytes", self.device.device_memory_bytes),
             ("max_model_len", self.model.max_model_len),
             ("tensor_parallel_size", self.parallel.tensor_parallel_size),
+            ("pipeline_parallel_size", self.parallel.pipeline_parallel_size),
+            ("data_parallel_size", self.parallel.data_parallel_size),
             ("max_num_seqs", scheduler.max_num_seqs),
             ("max_num_batched_tokens", scheduler.max_num_batched_tokens),
         ):
@@ -185,6 +190,7 @@ class EngineConfig:
                 value=cache.memory_fraction,
                 expected="0 < memory_fraction <= 1",
             )
+        _require_layers("kv_cache_dtype_skip_layers", cache.kv_cache_dtype_skip_layers)
         _check_flex_blocks(attention)
         return self
 
@@ -198,6 +204,17 @@ def _require_whole(option: str, value: int, least: int) -> None:
     if isinstance(value, bool) or not isinstance(value, int) or value < least:
         words = "a whole number above zero" if least else "a whole number from 0"
         raise ConfigError(f"{option} {value!r} must be {words}", option=option, value=value, expected=words)
+
+
+def _require_layers(option: str, value: object) -> None:
+    whole = isinstance(value, (tuple, list)) and all(type(layer) is int and layer >= 0 for layer in value)
+    if not whole:
+        raise ConfigError(
+            f"{option} {value!r} must be layer indices, whole numbers from 0 on, such as (0, 5)",
+            option=option,
+            value=value,
+            expected="layer indices",
+        )
 
 
 def _require_one_of(option: str, value: str, allowed: tuple[str, ...]) -> None:

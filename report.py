@@ -23,9 +23,11 @@ def plan_summary(plan: Mapping[str, Any]) -> RenderableType:
     for name, value in _headline(plan):
         facts.add_row(name, value)
     parts: list[RenderableType] = [facts, Text(), _groups(plan)]
+    if len(plan["stages"]) > 1:
+        parts += [Text(), _stages(plan["stages"], plan["tightest_stage"])]
     capacity = plan.get("capacity")
     if capacity:
-        parts += [Text(), _capacity(capacity)]
+        parts += [Text(), _capacity(capacity, plan["replicas"])]
     if plan.get("requests"):
         parts += [Text(), _request_table(plan["requests"])]
     parts += [Text(f"warning: {warning}", style="yellow") for warning in plan.get("warnings", ())]
@@ -93,10 +95,8 @@ def _bullet(sentence: str, mark: str = "-") -> RenderableType:
 
 
 def _headline(plan: Mapping[str, Any]) -> Iterable[tuple[str, str]]:
-    tp = plan["tensor_parallel_size"]
     yield "model", f"{plan['model']} ({plan['model_type']}, {plan['dtype']})"
-    ranks = f", {tp} ranks of tensor parallelism" if tp > 1 else ""
-    yield "platform", f"{plan['platform']}{ranks}"
+    yield "platform", f"{plan['platform']}{_ranks(plan)}"
     yield "attention", _backends_of_layers(plan["layers"])
     kernel = ", ".join(f"{name} {size}" for name, size in plan["kernel_block_sizes"].items())
     yield "block size", f"{plan['block_size']} tokens" + (f" (kernel block: {kernel})" if kernel else "")
@@ -121,6 +121,44 @@ def _headline(plan: Mapping[str, Any]) -> Iterable[tuple[str, str]]:
         f"{plan['page_strategy']}; {plan['waste_estimate_pct']:.2f} % waste at {plan['waste_estimate_tokens']} tokens",
     )
     yield "bytes per block", format_bytes(plan["pool_bytes_per_block"])
+
+
+def _ranks(plan: Mapping[str, Any]) -> str:
+    tp, pp, dp = (plan[f"{kind}_parallel_size"] for kind in ("tensor", "pipeline", "data"))
+    said = [
+        words
+        for size, words in (
+            (tp, f"{tp} ranks of tensor parallelism"),
+            (pp, f"{pp} pipeline stages"),
+            (dp, f"{dp} replicas"),
+        )
+        if size > 1
+    ]
+    total = f" ({plan['total_ranks']} ranks in all)" if len(said) > 1 else ""
+    return "".join(f", {words}" for words in said) + total
+
+
+def _stages(stages: Sequence[Mapping[str, Any]], tightest: int) -> RenderableType:
+    table = Table(title="pipeline stages (what stands elsewhere is of the tightest)", title_justify="left", box=None)
+    for column in ("stage", "layers", "groups", "bytes per block", "blocks", "longest request", "at one time"):
+        table.add_column(column, justify="left" if column in ("layers", "groups", "at one time") else "right")
+    for stage in stages:
+        kinds: dict[str, list[int]] = {}
+        for group in stage["groups"]:
+            kinds.setdefault(str(group["kind"]), []).append(len(group["layers"]))
+        stored = ", ".join(f"{sum(sizes)} {kind} in {len(sizes)}" for kind, sizes in kinds.items())
+        fits = stage["capacity"]
+        counts = ", ".join(f"{n} of {length}" for length, n in fits["concurrency"].items()) if fits else "-"
+        table.add_row(
+            f"{stage['index']}{' *' if stage['index'] == tightest else ''}",
+            _ranges(stage["layers"]),
+            stored or "nothing stored",
+            format_bytes(stage["pool_bytes_per_block"]),
+            str(fits["num_blocks"]) if fits else "-",
+            str(fits["max_tokens"]) if fits else "-",
+            counts,
+        )
+    return table
 
 
 def _state_page(plan: Mapping[str, Any]) -> str:
@@ -181,13 +219,18 @@ def _request_table(requests: Mapping[str, Any]) -> RenderableType:
     return Group(table, Text(f" waste of request mixes   {mixes}"))
 
 
-def _capacity(capacity: Mapping[str, Any]) -> RenderableType:
+def _capacity(capacity: Mapping[str, Any], replicas: int) -> RenderableType:
+    """Of one replica, and for requests at the same time also of all."""
     table = Table(title="what fits", title_justify="left", box=None, show_header=False)
     table.add_column(style="bold")
     table.add_column()
     table.add_row("cache", f"{format_bytes(capacity['memory_bytes'])}, {capacity['num_blocks']} blocks")
     table.add_row("tokens in one request, at most", str(capacity["max_tokens"]))
     table.add_row("least that a request holds", format_bytes(capacity["floor_bytes_per_request"]))
+
+    def total(count: int) -> str:
+        return f" x {replicas} replicas = {replicas * count}" if replicas > 1 else ""
+
     for length, count in capacity["concurrency"].items():
-        table.add_row(f"requests of {length} tokens at the same time", str(count))
+        table.add_row(f"requests of {length} tokens at the same time", f"{count}{total(count)}")
     return table

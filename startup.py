@@ -54,8 +54,11 @@ def plan(
     platform: str | None = None,
     backend: str | None = None,
     tensor_parallel_size: int = 1,
+    pipeline_parallel_size: int = 1,
+    data_parallel_size: int = 1,
     dtype: str = "auto",
     kv_cache_dtype: str = "auto",
+    kv_cache_dtype_skip_layers: tuple[int, ...] = (),
     block_size: int | None = None,
     mamba_block_size: int | None = None,
     mamba_cache_mode: str = "none",
@@ -75,6 +78,9 @@ def plan(
     :param platform: ``cpu``, ``cuda``, ``xpu`` or a plugin's; it need not be here.
     :param backend: attention backend for every layer; ``None`` takes the platform's first that can serve.
     :param tensor_parallel_size: ranks that share each layer; all sizes of the plan are per rank.
+    :param pipeline_parallel_size: stages that the layers are cut into; each has a pool of its own.
+    :param data_parallel_size: replicas of the whole model; each serves its own requests.
+    :param kv_cache_dtype_skip_layers: attention layers whose K and V stay in the model's dtype.
     :param block_size: tokens of a block, checked and kept; ``None`` finds it in two phases.
     :param mamba_block_size: tokens between kept states in modes ``align`` and ``all``; respected or refused.
     :param max_model_len: longest sequence, in tokens; ``None`` takes the model's.
@@ -90,8 +96,11 @@ def plan(
         "platform": platform,
         "backend": backend,
         "tensor_parallel_size": tensor_parallel_size,
+        "pipeline_parallel_size": pipeline_parallel_size,
+        "data_parallel_size": data_parallel_size,
         "dtype": dtype,
         "kv_cache_dtype": kv_cache_dtype,
+        "kv_cache_dtype_skip_layers": kv_cache_dtype_skip_layers,
         "block_size": block_size,
         "mamba_block_size": mamba_block_size,
         "mamba_cache_mode": mamba_cache_mode,
@@ -112,9 +121,7 @@ def plan(
     return decided
 
 
-def prepare(
-    model: Model | EngineConfig | None = None, *, plugins: Plugins | None = None, **options: Any
-) -> Ready:
+def prepare(model: Model | EngineConfig | None = None, *, plugins: Plugins | None = None, **options: Any) -> Ready:
     """The engine startup hook: choose the platform and everything after it, allocate the cache, build the backends.
 
     :param model: a checkpoint directory, or a whole :class:`EngineConfig`; None takes the model that comes with
@@ -124,6 +131,7 @@ def prepare(
     :raises MakereadyError: a named error that says what is missing or what clashes; nothing falls back silently.
     """
     config = _as_config(BUNDLED_MODEL if model is None else model, options)
+    _require_one_device(config)
     spec = _read(config, "transformers")
     plugins = plugins or load_plugins()
     around = _surroundings_here(config, plugins)
@@ -172,6 +180,21 @@ def _as_config(model: Model | EngineConfig, options: Mapping[str, Any]) -> Engin
     return model.validated()
 
 
+def _require_one_device(config: EngineConfig) -> None:
+    """The embedded engine runs on one device; plans may be for many."""
+    parallel = config.parallel
+    for option in ("tensor_parallel_size", "pipeline_parallel_size", "data_parallel_size"):
+        value = getattr(parallel, option)
+        if value > 1:
+            raise ConfigError(
+                f"{option} {value} can be planned, not launched: the embedded engine runs on one device; use 1, or "
+                "makeready plan",
+                option=option,
+                value=value,
+                expected=1,
+            )
+
+
 def _read(config: EngineConfig, engine: str) -> ModelSpec:
     cache = config.cache
     return read_model(
@@ -179,6 +202,7 @@ def _read(config: EngineConfig, engine: str) -> ModelSpec:
         engine=engine,
         tensor_parallel_size=config.parallel.tensor_parallel_size,
         kv_cache_dtype=cache.kv_cache_dtype,
+        kv_cache_dtype_skip_layers=cache.kv_cache_dtype_skip_layers,
         mamba_cache_dtype=cache.mamba_cache_dtype,
         mamba_ssm_cache_dtype=cache.mamba_ssm_cache_dtype,
         num_speculative_tokens=config.scheduler.num_speculative_tokens,

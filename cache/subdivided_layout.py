@@ -32,7 +32,7 @@ class SubdividedLayout:
     """Tokens of one block of every attention group."""
     shape: PoolShape
     groups: tuple[LayerGroup, ...]
-    """Group ``i`` has index ``i``; one of them has all states."""
+    """Group ``i`` has index ``i``; one of them has all states, if there are states."""
 
     def __post_init__(self) -> None:
         if self.order not in LAYOUTS:
@@ -40,9 +40,9 @@ class SubdividedLayout:
         if self.num_blocks < 2:
             message = f"num_blocks {self.num_blocks} leaves nothing beside block 0, the null block"
             raise _refuse("num_blocks", self.num_blocks, message, ">= 2")
-        if [group.is_state for group in self.groups].count(True) != 1 or len(self.groups) < 2:
-            message = "subdivided pages need one group of states beside groups of attention"
-            raise _refuse("groups", len(self.groups), message, "one group with every state, and attention")
+        if [group.is_state for group in self.groups].count(True) > 1 or not self.groups:
+            message = f"subdivided pages keep all states in one group; here are {len(self.groups)} groups"
+            raise _refuse("groups", len(self.groups), message, "one group with every state, groups of attention")
         for position, group in enumerate(self.groups):
             self._check_group(position, group)
 

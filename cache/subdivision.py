@@ -31,7 +31,7 @@ class Subdivision:
 
     shape: PoolShape
     widths: Mapping[AttentionSpec, int]
-    """Layers in one group, per kind of attention layer."""
+    """Layers in one group, per kind of attention layer; empty without attention."""
     state_bytes: int
     """What the states of one request need, in bytes, without any rounding."""
     waste: float
@@ -39,15 +39,15 @@ class Subdivision:
 
     @property
     def width(self) -> int:
-        """Layers of the widest attention group."""
-        return max(self.widths.values())
+        """Layers of the widest attention group; without attention a block is one page, a state page."""
+        return max(self.widths.values(), default=1)
 
 
 def subdivide(layers: Sequence[LayerSpec], block_size: int, *, widest: int | None = None) -> Subdivision:
     """Choose how many attention layers share a block, and what the states of a request take.
 
     The widest blocks, and so the fewest block tables, whose padding stays below :data:`NEGLIGIBLE_WASTE`; if there
-    are none, those with the least.
+    are none, those with the least. Without attention (a pipeline stage may have none) a block is a state page.
 
     :param block_size: tokens of one block.
     :param widest: layers that may share a block at most; ``None`` for any number.
@@ -63,6 +63,10 @@ def subdivide(layers: Sequence[LayerSpec], block_size: int, *, widest: int | Non
     raw = sum(n * spec.state_bytes for spec, n in states.items())
     padded = sum(n * _aligned(tensor.size_bytes) for spec, n in states.items() for tensor in spec.states)
     element = max((dtype_bytes(tensor.dtype) for spec in states for tensor in spec.states), default=1)
+    if not counts:
+        return Subdivision(
+            shape=PoolShape(block_bytes=padded), widths=MappingProxyType({}), state_bytes=raw, waste=1 - raw / padded
+        )
     found = [
         _subdivision(counts, widths, raw, _shape(block_bytes, padded), block_size)
         for block_bytes, widths in _blocks(counts, block_size, widest)
@@ -94,10 +98,12 @@ def subdivided_groups(
 ) -> tuple[LayerGroup, ...]:
     """All state layers as one group, then groups of attention layers of equal specs; layers are dealt out in turn."""
     states = tuple(layer for layer in layers if layer.is_state)
-    groups = [LayerGroup(index=0, kind=states[0].kind, layers=states, block_size=state_block_size)]
+    groups = []
+    if states:
+        groups.append(LayerGroup(index=0, kind=states[0].kind, layers=states, block_size=state_block_size))
     for spec, width in subdivision.widths.items():
         alike = [layer for layer in layers if layer.spec == spec]
-        turns = len(alike) // width
+        turns = -(-len(alike) // width)
         groups += [
             LayerGroup(
                 index=len(groups) + turn, kind=alike[0].kind, layers=tuple(alike[turn::turns]), block_size=block_size
@@ -110,15 +116,25 @@ def subdivided_groups(
 def _blocks(
     counts: Mapping[AttentionSpec, int], block_size: int, widest: int | None
 ) -> Iterator[tuple[int, dict[AttentionSpec, int]]]:
-    """Bytes of every block that is a whole number of pages of each kind of attention layer, and layers per kind."""
+    """Bytes of every block that is a whole number of pages of each kind of attention layer, and layers per kind.
+
+    Layers of one kind fill their groups evenly. Where kinds differ in their pages, the last group of a kind may have
+    fewer layers, if that leaves no more empty than :data:`LARGEST_EMPTY_SHARE` of all blocks.
+    """
     limit = widest or max(counts.values())
     pages = {spec: spec.page_size_bytes(block_size) for spec in counts}
-    choices = {spec: sorted(w for w in divisors(count) if w <= limit) for spec, count in counts.items()}
+    alike = len(set(pages.values())) == 1
+    choices = {
+        spec: sorted(w for w in (divisors(count) if alike else range(1, count + 1)) if w <= limit)
+        for spec, count in counts.items()
+    }
+    filled = sum(count * pages[spec] for spec, count in counts.items())
     for block_bytes in sorted({w * pages[spec] for spec, widths in choices.items() for w in widths}):
         if any(block_bytes % page for page in pages.values()):
             continue
         fitting = {spec: max(w for w in choices[spec] if w * page <= block_bytes) for spec, page in pages.items()}
-        if all((1 - LARGEST_EMPTY_SHARE) * block_bytes <= w * pages[spec] for spec, w in fitting.items()):
+        tables = sum(-(-counts[spec] // w) for spec, w in fitting.items())
+        if filled >= (1 - LARGEST_EMPTY_SHARE) * tables * block_bytes:
             yield block_bytes, fitting
 
 
@@ -130,7 +146,7 @@ def _subdivision(
     block_size: int,
 ) -> Subdivision:
     needed = raw + REFERENCE_TOKENS * sum(n * spec.bytes_per_token for spec, n in counts.items())
-    tables = sum(n // widths[spec] for spec, n in counts.items())
+    tables = sum(-(-n // widths[spec]) for spec, n in counts.items())
     # Without the rounding of the last block, which is the same for every width.
     taken = shape.state_page_bytes + tables * shape.block_bytes * REFERENCE_TOKENS / block_size
     return Subdivision(
@@ -140,6 +156,8 @@ def _subdivision(
 
 def _shape(block_bytes: int, state_bytes: int) -> PoolShape:
     """Blocks per state, or states per block: an equal share of a block that starts at an aligned byte."""
+    if not state_bytes:
+        return PoolShape(block_bytes=block_bytes)
     if state_bytes >= block_bytes or block_bytes % STATE_ALIGNMENT:
         return PoolShape(block_bytes=block_bytes, state_page_blocks=-(-state_bytes // block_bytes))
     most = block_bytes // state_bytes
@@ -156,7 +174,7 @@ def _no_common_block(counts: Mapping[AttentionSpec, int], block_size: int) -> Ca
     said = " and ".join(f"{page} bytes" for page in sorted(pages))
     return CapacityError(
         f"page_strategy subdivided finds no block for attention pages of {said}: one block has to be a whole number of "
-        f"each and may be empty by {LARGEST_EMPTY_SHARE:.1%} at most; page_strategy unified serves them",
+        f"each, and blocks may be empty by {LARGEST_EMPTY_SHARE:.1%} at most; page_strategy unified serves them",
         option="page_strategy",
         value="subdivided",
         expected="unified",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from difflib import get_close_matches
 from pathlib import Path
@@ -30,6 +30,8 @@ ENGINES = ("vllm", "transformers")
 FULL = (LayerKind.ATTENTION, LayerKind.BOTH)
 SLIDING = (LayerKind.SLIDING, LayerKind.BOTH_SLIDING)
 WITH_STATE = (LayerKind.STATE, LayerKind.BOTH, LayerKind.BOTH_SLIDING)
+AttentionSpecs = tuple[AttentionSpec | None, AttentionSpec | None]
+"""Full attention and sliding windows."""
 ASSUMED_MAX_MODEL_LEN = 32768
 """Longest sequence, in tokens, assumed for models whose configuration names none (pure mamba)."""
 
@@ -44,7 +46,7 @@ class ModelSpec:
     dtype: str
     """Dtype of weights and activations."""
     kv_cache_dtype: str
-    """Dtype in which K and V are stored."""
+    """Dtype in which K and V are stored, but for layers that keep the model's; each layer's spec says its own."""
     tensor_parallel_size: int
     num_layers: int
     max_model_len: int
@@ -89,6 +91,7 @@ def read_model(
     engine: str = "transformers",
     tensor_parallel_size: int = 1,
     kv_cache_dtype: str = "auto",
+    kv_cache_dtype_skip_layers: Collection[int] = (),
     mamba_cache_dtype: str = "auto",
     mamba_ssm_cache_dtype: str = "auto",
     num_speculative_tokens: int = 0,
@@ -98,10 +101,11 @@ def read_model(
     """Read a preset name, a checkpoint directory, a config.json, or a dict with its content.
 
     :param engine: whose state shapes and dtypes: ``vllm`` or ``transformers``.
+    :param kv_cache_dtype_skip_layers: attention layers whose K and V stay in the model's dtype.
     :param name: what to call a model given as a dict.
     :raises ModelConfigError: if the file or a field is missing or broken.
     :raises UnsupportedModelError: for an unknown family, or one that cannot be split over the ranks.
-    :raises ConfigError: for a dtype or engine that cannot be had.
+    :raises ConfigError: for a dtype or engine that cannot be had, or a skipped layer that has no attention.
     """
     if engine not in ENGINES:
         raise ConfigError(
@@ -117,7 +121,11 @@ def read_model(
     model_dtype = _model_dtype(fields, dtype, notes)
     stored = resolve_kv_cache_dtype(kv_cache_dtype, model_dtype)
     rank = Rank(engine=engine, tp=tensor_parallel_size, speculative=num_speculative_tokens)
-    full, windowed = _attention_specs(fields, family, layers, stored, tensor_parallel_size)
+    skipped = _skipped(kv_cache_dtype_skip_layers, layers, fields.source)
+    if skipped and stored == model_dtype:
+        notes.append(f"kv_cache_dtype_skip_layers changes nothing: all layers store K and V in {stored}")
+    attention = _attention_specs(fields, family, layers, stored, tensor_parallel_size)
+    unquantised = _attention_specs(fields, family, layers, model_dtype, tensor_parallel_size) if skipped else attention
     state = None
     if family.mixer is not None:
         state = state_spec(fields, family, rank, model_dtype, mamba_cache_dtype, mamba_ssm_cache_dtype)
@@ -130,7 +138,7 @@ def read_model(
         tensor_parallel_size=tensor_parallel_size,
         num_layers=len(layers),
         max_model_len=_max_model_len(fields, notes),
-        layers=tuple(_layer_specs(fields, layers, full, windowed, state)),
+        layers=tuple(_layer_specs(fields, layers, lambda index: unquantised if index in skipped else attention, state)),
         soft_cap=fields.number("attn_logit_softcapping"),
         sinks=family.sinks,
         weights_bytes=weights_bytes(fields.folder, model_dtype) if fields.folder is not None else None,
@@ -201,9 +209,28 @@ def _max_model_len(fields: ConfigFields, notes: list[str]) -> int:
     return fields.integer(*names)
 
 
+def _skipped(asked: Collection[int], layers: tuple[LayerKind, ...], source: str) -> frozenset[int]:
+    """The layers that keep the model's dtype.
+
+    :raises ConfigError: for one that is no attention layer, naming those that are.
+    """
+    having = [index for index, kind in enumerate(layers) if kind in FULL or kind in SLIDING]
+    wrong = sorted(set(asked) - set(having))
+    if wrong:
+        named = f"attention layers are {', '.join(map(str, having))}" if having else "it has no attention layers"
+        raise ConfigError(
+            f"kv_cache_dtype_skip_layers names {', '.join(map(str, wrong))}, which {source} has no attention in; "
+            f"{named}",
+            option="kv_cache_dtype_skip_layers",
+            value=wrong,
+            expected=having,
+        )
+    return frozenset(asked)
+
+
 def _attention_specs(
     fields: ConfigFields, family: Family, layers: tuple[LayerKind, ...], stored: str, tp: int
-) -> tuple[AttentionSpec | None, AttentionSpec | None]:
+) -> AttentionSpecs:
     """Full attention and sliding windows; ``None`` for what no layer has."""
     full = windowed = None
     if any(kind in FULL for kind in layers):
@@ -216,13 +243,13 @@ def _attention_specs(
 def _layer_specs(
     fields: ConfigFields,
     layers: tuple[LayerKind, ...],
-    full: AttentionSpec | None,
-    windowed: AttentionSpec | None,
+    attention: Callable[[int], AttentionSpecs],
     state: MambaSpec | None,
 ) -> list[LayerSpec]:
     """One entry per thing that a layer stores."""
     found: list[LayerSpec] = []
     for index, kind in enumerate(layers):
+        full, windowed = attention(index)
         if kind in WITH_STATE:
             if state is None:
                 raise fields.broken("layer_types", "a state layer", "attention layers only, as its family has")

@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from ..attention_backends.interface import Capabilities
 from ..cache.capacity import Holding, PoolShape
-from ..cache.grouping import group_layers, slots_per_block
-from ..cache.specs import AttentionSpec, LayerGroup, LayerSpec, MambaSpec, dtype_bytes, is_plain
-from ..cache.subdivision import subdivide, subdivided_groups
+from ..cache.specs import AttentionSpec, dtype_bytes, is_plain
 from ..config import EngineConfig
 from ..device import format_bytes
 from ..errors import BlockSizeError, CapacityError, ConfigError
 from ..hybrid.model_specs import ModelSpec
 from .decision import BlockSizeDecision, BlockSizeRequest
+from .mixed_pages import padded_attention, page_sizes_differ
+from .stages import StagePlan, subdivided_stages, unified_stages, waste_of
 
 ESTIMATE_TOKENS = 1000
 """Tokens of the request that strategies are compared on, or the longest request if that is shorter."""
@@ -73,15 +72,27 @@ class PageStrategy:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StrategyPlan:
-    """One strategy, carried out for a model."""
+    """One strategy, carried out for all stages of a model."""
 
-    strategy: PageStrategy
+    name: str
     decision: BlockSizeDecision
-    groups: tuple[LayerGroup, ...]
-    slots_per_block: int
-    """Pages of one block; of the widest group."""
+    stages: tuple[StagePlan, ...]
+    estimate_tokens: int
+    waste_estimate: float
+    """Share of the memory of one request of ``estimate_tokens`` tokens, over all stages, that holds nothing."""
     reasons: tuple[str, ...]
     warnings: tuple[str, ...] = ()
+
+    def of_stage(self, stage: StagePlan) -> PageStrategy:
+        """The strategy with the pages of ``stage``."""
+        return PageStrategy(
+            name=self.name,
+            shape=stage.shape,
+            attention_group_width=stage.attention_group_width,
+            state_bytes=stage.state_bytes,
+            estimate_tokens=self.estimate_tokens,
+            waste_estimate=self.waste_estimate,
+        )
 
 
 def choose_strategy(
@@ -101,7 +112,7 @@ def choose_strategy(
     :raises ConfigError: if subdivided pages were asked for and there is nothing to subdivide.
     """
     asked = config.cache.page_strategy
-    if not model.is_hybrid:
+    if not model.is_hybrid and not page_sizes_differ(model):
         return _alone(model, request, decide, asked, config)
     planners = {
         "unified": lambda: plan_unified(model, request, decide, config),
@@ -129,32 +140,27 @@ def choose_strategy(
         return _said(unified, f"page strategy: unified, since {out_of_reach}; it {_against(unified, subdivided)}.")
     best = less_wasteful(unified, subdivided)
     worse = unified if best is subdivided else subdivided
-    return _said(best, f"page strategy: {best.strategy.name}, by auto; it {_against(best, worse)}.")
+    return _said(best, f"page strategy: {best.name}, by auto; it {_against(best, worse)}.")
 
 
 def less_wasteful(unified: StrategyPlan, subdivided: StrategyPlan) -> StrategyPlan:
     """What ``auto`` takes where the engine has both."""
-    gain = unified.strategy.waste_estimate - subdivided.strategy.waste_estimate
+    gain = unified.waste_estimate - subdivided.waste_estimate
     return subdivided if gain > CLOSE else unified
 
 
 def plan_unified(model: ModelSpec, request: BlockSizeRequest, decide: Decide, config: EngineConfig) -> StrategyPlan:
-    """The block grows until its page covers the largest state; a state takes a block."""
+    """The block grows until its page covers the largest state; a state takes a block.
+
+    :raises CapacityError: if layers of several KV dtypes would leave more than half of the attention pages empty.
+    """
     decision = decide(replace(request, page_strategy="unified"))
-    groups = group_layers(model.layers, decision.block_size, decision.mamba_block_size or request.max_model_len)
-    slots = slots_per_block(groups)
-    shape = PoolShape(block_bytes=max(1, slots * decision.page_bytes))
-    sizes = ", ".join(f"{len(group.layers)} x {group.kind}" for group in groups)
-    return StrategyPlan(
-        strategy=_strategy("unified", model, shape, groups, config, request.max_model_len),
-        decision=decision,
-        groups=groups,
-        slots_per_block=slots,
-        reasons=(
-            f"groups: {len(groups)} ({sizes}); a block id serves one group and takes {slots * decision.page_bytes} "
-            "bytes, pages for the largest.",
-        ),
+    padded, warnings = padded_attention(model, decision)
+    stages = unified_stages(
+        model, decision, config.parallel.pipeline_parallel_size, decision.mamba_block_size or request.max_model_len
     )
+    reasons = [f"{where}{_unified_groups(stage)}" for stage, where in _said_where(stages)]
+    return _strategy("unified", request, config, decision, stages, (*padded, *reasons), warnings)
 
 
 def plan_subdivided(
@@ -167,18 +173,19 @@ def plan_subdivided(
     """The block stays what the kernels like; all states of a request take a whole number of blocks, or share one."""
     decision = decide(replace(request, page_strategy="subdivided"))
     widest = None if reads_block_major(backends.values(), config.cache.layout) else 1
-    subdivision = subdivide(model.layers, decision.block_size, widest=widest)
-    groups = subdivided_groups(
-        model.layers, subdivision, decision.block_size, decision.mamba_block_size or request.max_model_len
+    stages = subdivided_stages(
+        model,
+        decision,
+        config.parallel.pipeline_parallel_size,
+        decision.mamba_block_size or request.max_model_len,
+        widest,
     )
-    shape = subdivision.shape
-    return StrategyPlan(
-        strategy=_strategy("subdivided", model, shape, groups, config, request.max_model_len),
-        decision=decision,
-        groups=groups,
-        slots_per_block=subdivision.width,
-        reasons=_subdivided_reasons(model, shape, groups, decision.block_size, subdivision.state_bytes, widest),
-    )
+    reasons = [
+        f"{where}{reason}"
+        for stage, where in _said_where(stages)
+        for reason in _subdivided_reasons(stage, decision.block_size, widest)
+    ]
+    return _strategy("subdivided", request, config, decision, stages, tuple(reasons))
 
 
 def reads_block_major(backends: Iterable[Capabilities], layout: str) -> bool:
@@ -189,48 +196,10 @@ def reads_block_major(backends: Iterable[Capabilities], layout: str) -> bool:
     return any(order.startswith("cross_layer_") for order in set.intersection(*orders))
 
 
-def waste_of(groups: Sequence[LayerGroup], shape: PoolShape, holding: Holding, tokens: int) -> float:
-    """Share of the memory of one request of ``tokens`` tokens that holds nothing."""
-    states, blocks = holding.request_need(groups, tokens)
-    taken = states * shape.state_page_bytes + blocks * shape.block_bytes
-    needed = 0
-    for group in groups:
-        kept = holding.group_blocks(group, tokens) if group.is_state else tokens
-        for spec, count in Counter(layer.spec for layer in group.layers).items():
-            needed += kept * count * (spec.bytes_per_token if isinstance(spec, AttentionSpec) else spec.state_bytes)
-    return 1 - needed / taken if taken else 0.0
-
-
-def state_bytes(layers: Sequence[LayerSpec]) -> int:
-    """What the states of one request need, all layers, in bytes."""
-    kinds = Counter(layer.spec for layer in layers if isinstance(layer.spec, MambaSpec))
-    return sum(count * spec.state_bytes for spec, count in kinds.items() if isinstance(spec, MambaSpec))
-
-
-def _strategy(
-    name: str,
-    model: ModelSpec,
-    shape: PoolShape,
-    groups: tuple[LayerGroup, ...],
-    config: EngineConfig,
-    max_model_len: int,
-) -> PageStrategy:
-    tokens = min(ESTIMATE_TOKENS, max_model_len)
-    holding = Holding(mamba_cache_mode=config.cache.mamba_cache_mode)
-    return PageStrategy(
-        name=name,
-        shape=shape,
-        attention_group_width=max((len(g.layers) for g in groups if not g.is_state), default=0),
-        state_bytes=state_bytes(model.layers),
-        estimate_tokens=tokens,
-        waste_estimate=waste_of(groups, shape, holding, tokens),
-    )
-
-
 def _alone(
     model: ModelSpec, request: BlockSizeRequest, decide: Decide, asked: str, config: EngineConfig
 ) -> StrategyPlan:
-    """A model with only attention, or only states, has one kind of page."""
+    """A model with only states, or only attention whose pages are alike, has one kind of page."""
     what = "states" if model.state_layers else "attention"
     if asked == "subdivided":
         raise ConfigError(
@@ -252,11 +221,10 @@ def _attempt(planner: Callable[[], StrategyPlan]) -> StrategyPlan | str:
 
 
 def _against(found: StrategyPlan, other: StrategyPlan | str) -> str:
-    own = found.strategy
-    said = f"wastes {own.waste_estimate:.2%} of the memory of a request of {own.estimate_tokens} tokens"
+    said = f"wastes {found.waste_estimate:.2%} of the memory of a request of {found.estimate_tokens} tokens"
     if isinstance(other, str):
         return f"{said}, and the other strategy is impossible: {other}"
-    return f"{said}, {other.strategy.name} {other.strategy.waste_estimate:.2%}"
+    return f"{said}, {other.name} {other.waste_estimate:.2%}"
 
 
 def _said(found: StrategyPlan, reason: str, warning: str | None = None) -> StrategyPlan:
@@ -286,25 +254,61 @@ def _out_of_reach(model: ModelSpec, backends: Iterable[Capabilities], memory_byt
     return None
 
 
-def _subdivided_reasons(
-    model: ModelSpec,
-    shape: PoolShape,
-    groups: Sequence[LayerGroup],
-    block_size: int,
-    state_bytes: int,
-    widest: int | None,
-) -> tuple[str, ...]:
-    attention = [group for group in groups if not group.is_state]
-    sizes = ", ".join(f"{len(group.layers)} x {group.kind}" for group in attention)
-    narrow = ", one layer a block as the layout keeps a layer's pages together" if widest == 1 else ""
-    if shape.states_per_block > 1:
-        how = f"{shape.states_per_block} requests' states share one block"
-    else:
-        how = f"they take a state page of {shape.state_page_blocks} blocks"
-    padding = shape.state_page_bytes - state_bytes
-    return (
-        f"groups: {len(attention)} of attention ({sizes}){narrow}; a block of {block_size} tokens takes "
-        f"{shape.block_bytes} bytes.",
-        f"states: all {len(model.state_layers)} of a request need {state_bytes} bytes; {how}, {shape.state_page_bytes} "
-        f"bytes each, padded by {padding} ({100 * padding / state_bytes:.2f} %).",
+def _strategy(
+    name: str,
+    request: BlockSizeRequest,
+    config: EngineConfig,
+    decision: BlockSizeDecision,
+    stages: tuple[StagePlan, ...],
+    reasons: tuple[str, ...],
+    warnings: tuple[str, ...] = (),
+) -> StrategyPlan:
+    tokens = min(ESTIMATE_TOKENS, request.max_model_len)
+    return StrategyPlan(
+        name=name,
+        decision=decision,
+        stages=stages,
+        estimate_tokens=tokens,
+        waste_estimate=waste_of(stages, Holding(mamba_cache_mode=config.cache.mamba_cache_mode), tokens),
+        reasons=reasons,
+        warnings=warnings,
     )
+
+
+def _said_where(stages: Sequence[StagePlan]) -> list[tuple[StagePlan, str]]:
+    """Stages that store something, each with what its sentences start with: nothing where it is the only one."""
+    return [(stage, f"{stage.name}: " if len(stages) > 1 else "") for stage in stages if stage.groups]
+
+
+def _unified_groups(stage: StagePlan) -> str:
+    sizes = ", ".join(f"{len(group.layers)} x {group.kind}" for group in stage.groups)
+    return (
+        f"groups: {len(stage.groups)} ({sizes}); a block id serves one group and takes {stage.shape.block_bytes} "
+        "bytes, pages for the largest."
+    )
+
+
+def _subdivided_reasons(stage: StagePlan, block_size: int, widest: int | None) -> list[str]:
+    shape, attention = stage.shape, [group for group in stage.groups if not group.is_state]
+    found = []
+    if attention:
+        sizes = ", ".join(f"{len(group.layers)} x {group.kind}" for group in attention)
+        narrow = ", one layer a block as the layout keeps a layer's pages together" if widest == 1 else ""
+        found.append(
+            f"groups: {len(attention)} of attention ({sizes}){narrow}; a block of {block_size} tokens takes "
+            f"{shape.block_bytes} bytes."
+        )
+    if stage.state_bytes:
+        if shape.states_per_block > 1:
+            how = f"{shape.states_per_block} requests' states share one block"
+        elif attention:
+            how = f"they take a state page of {shape.state_page_blocks} blocks"
+        else:
+            how = "a block is one state page"
+        padding = shape.state_page_bytes - stage.state_bytes
+        count = sum(len(group.layers) for group in stage.groups if group.is_state)
+        found.append(
+            f"states: all {count} of a request need {stage.state_bytes} bytes; {how}, {shape.state_page_bytes} "
+            f"bytes each, padded by {padding} ({100 * padding / stage.state_bytes:.2f} %)."
+        )
+    return found

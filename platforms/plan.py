@@ -13,6 +13,8 @@ from ..hybrid.page_alignment import largest_state
 from .decision import BlockSizeDecision
 from .memory_use import requests_dict
 from .page_strategies import PageStrategy
+from .sizes import Sizes
+from .stages import StagePlan
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -25,11 +27,18 @@ class PlannedLayer:
     """The attention backend; ``None`` for a state layer."""
     page_bytes: int
     """What the layer fills of its page, in bytes."""
+    kv_cache_dtype: str | None
+    """Dtype of its K and V; ``None`` for a state layer."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Plan:
-    """Everything that was decided for a model on a platform, with reasons. Sizes are per rank."""
+    """Everything that was decided for a model on a platform, with reasons. Sizes are per rank.
+
+    With pipeline stages, ``groups``, ``slots_per_block``, ``pool_bytes_per_block`` and ``strategy`` are those of the
+    tightest stage (its waste estimate is that of all stages), and each number of ``capacity`` is that of the stage
+    where it is tightest; :attr:`stages` has all. ``capacity`` is that of one replica.
+    """
 
     model: ModelSpec
     platform: str
@@ -42,7 +51,15 @@ class Plan:
     max_model_len: int
     """Longest request that is served, in tokens."""
     capacity: Capacity | None
-    """``None`` where no memory budget is known."""
+    """Of one replica; ``None`` where no memory budget is known."""
+    stages: tuple[StagePlan, ...]
+    """Pipeline stages, first to last; one without pipeline parallelism."""
+    tightest_stage: int
+    """Index of the stage that serves least."""
+    replicas: int
+    """Data parallel replicas; each serves its own requests."""
+    sizes: Sizes
+    """The five sizes that must be told apart."""
     reasons: tuple[str, ...]
     refusals: tuple[str, ...]
     warnings: tuple[str, ...]
@@ -51,6 +68,17 @@ class Plan:
     def block_size(self) -> int:
         """Tokens of one block of an attention group."""
         return self.decision.block_size
+
+    @property
+    def total_ranks(self) -> int:
+        """Devices of all replicas: tensor x pipeline x data parallel sizes."""
+        return self.model.tensor_parallel_size * len(self.stages) * self.replicas
+
+    @property
+    def total_concurrency(self) -> Mapping[int, int]:
+        """Requests that all replicas serve at the same time, per length in tokens; empty where it is not known."""
+        counts = self.capacity.concurrency if self.capacity is not None else {}
+        return {length: self.replicas * count for length, count in counts.items()}
 
     @property
     def page_bytes(self) -> int:
@@ -74,6 +102,10 @@ class Plan:
             "dtype": model.dtype,
             "kv_cache_dtype": model.kv_cache_dtype,
             "tensor_parallel_size": model.tensor_parallel_size,
+            "pipeline_parallel_size": len(self.stages),
+            "data_parallel_size": self.replicas,
+            "replicas": self.replicas,
+            "total_ranks": self.total_ranks,
             "max_model_len": self.max_model_len,
             "block_size": decision.block_size,
             "phase1_block_size": decision.phase1_block_size,
@@ -91,13 +123,23 @@ class Plan:
             "pages_equal": self._pages_equal(),
             "slots_per_block": self.slots_per_block,
             "pool_bytes_per_block": self.pool_bytes_per_block,
-            "groups": [self._group(group) for group in self.groups],
+            "sizes": self.sizes.to_dict(),
+            "groups": self.stages[self.tightest_stage].group_dicts(),
             "layers": [
-                {"layer": x.layer, "kind": x.kind, "backend": x.backend, "page_bytes": x.page_bytes}
+                {
+                    "layer": x.layer,
+                    "kind": x.kind,
+                    "backend": x.backend,
+                    "page_bytes": x.page_bytes,
+                    "kv_cache_dtype": x.kv_cache_dtype,
+                }
                 for x in self.layers
             ],
             "states": _states(model),
             "capacity": self.capacity.to_dict() if self.capacity else None,
+            "total_concurrency": {str(length): count for length, count in self.total_concurrency.items()},
+            "tightest_stage": self.tightest_stage,
+            "stages": [stage.to_dict() for stage in self.stages],
             "requests": requests_dict(self),
             "constraints": [f"{rule.owner}: {rule.describe()}" for rule in decision.constraints],
             "reasons": list(self.reasons),
@@ -110,7 +152,8 @@ class Plan:
         model, decision = self.model, self.decision
         lines = [
             f"{model.name} ({model.model_type}) on {self.platform}, engine {model.engine}, {model.dtype}, "
-            f"KV {model.kv_cache_dtype}, tensor parallel {model.tensor_parallel_size}",
+            f"KV {model.kv_cache_dtype}, tensor parallel {model.tensor_parallel_size}"
+            f"{self._ranks_words()}",
             f"  block size      {decision.block_size} tokens{self._kernel_words()}",
             f"  page            {format_bytes(self.page_bytes)} ({self.page_bytes} bytes)",
         ]
@@ -126,12 +169,28 @@ class Plan:
             f"for one of {len(self.groups)} groups"
         )
         lines += [f"    group {g.index}       {len(g.layers)} x {g.kind}, {g.block_size} tokens" for g in self.groups]
+        lines += self._stage_lines()
         lines += self._capacity_lines()
         for title, sentences in (("why", self.reasons), ("refused", self.refusals), ("mind", self.warnings)):
             if sentences:
                 lines.append(f"{title}:")
                 lines += [f"  - {sentence}" for sentence in sentences]
         return "\n".join(lines)
+
+    def _ranks_words(self) -> str:
+        if self.total_ranks == self.model.tensor_parallel_size:
+            return ""
+        return f", {len(self.stages)} pipeline stages, {self.replicas} replicas: {self.total_ranks} ranks"
+
+    def _stage_lines(self) -> list[str]:
+        if len(self.stages) == 1:
+            return []
+        return [
+            f"  {stage.name}: {len(stage.groups)} groups, {format_bytes(stage.pool_bytes_per_block)} a block id"
+            + (f", {stage.capacity.num_blocks} blocks" if stage.capacity else "")
+            + (", the tightest" if stage.index == self.tightest_stage else "")
+            for stage in self.stages
+        ]
 
     def _kernel_words(self) -> str:
         sizes = ", ".join(f"{name} {size}" for name, size in self.decision.kernel_block_sizes.items())
@@ -154,20 +213,6 @@ class Plan:
         if not self.model.is_hybrid:
             return None
         return self.decision.attention_page_bytes == self.decision.state_page_bytes
-
-    def _id_bytes(self, group: LayerGroup) -> int:
-        """A page of one layer; for states with pages of their own, what all states of a request take."""
-        subdivided = self.strategy.name == "subdivided"
-        return self.strategy.state_page_bytes if subdivided and group.is_state else self.page_bytes
-
-    def _group(self, group: LayerGroup) -> Mapping[str, object]:
-        return {
-            "index": group.index,
-            "kind": group.kind,
-            "layers": [layer.layer for layer in group.layers],
-            "block_size": group.block_size,
-            "page_bytes": self._id_bytes(group),
-        }
 
 
 def _states(model: ModelSpec) -> list[dict[str, object]]:

@@ -9,21 +9,22 @@ from types import MappingProxyType
 
 from ..attention_backends.interface import Capabilities
 from ..cache.block_size import Constraint, MultipleOf
-from ..cache.capacity import Capacity, Holding, PoolShape, plan_capacity, useful_blocks
-from ..cache.specs import AttentionSpec, LayerGroup, LayerSpec, MambaSpec
+from ..cache.capacity import useful_blocks
+from ..cache.specs import AttentionSpec, LayerSpec, MambaSpec
 from ..config import EngineConfig
 from ..device import DeviceFacts, format_bytes
-from ..errors import BackendError, CapacityError, ConfigError
+from ..errors import BackendError, ConfigError
 from ..hybrid.model_specs import ModelSpec
+from .budget import cache_budget, holding_of, served_max_model_len, with_capacities
 from .decision import BlockSizeDecision, BlockSizeRequest
 from .interface import Platform
-from .page_strategies import StrategyPlan, choose_strategy, state_bytes
+from .page_strategies import choose_strategy
 from .plan import Plan, PlannedLayer
+from .sizes import sizes_of
+from .stages import StagePlan, state_bytes, tightest, whole_capacity
 
 __all__ = ["Plan", "block_size_request", "plan_model", "without_idle_blocks"]
 
-LENGTHS = (512, 4096, 32768, 131072)
-"""Request lengths, in tokens, that concurrency is counted for, beside the longest."""
 NOTABLE_PADDING_PCT = 10.0
 
 
@@ -69,7 +70,7 @@ def plan_model(
     reasons: Sequence[str] = (),
     refusals: Sequence[str] = (),
 ) -> Plan:
-    """Decide block size, pages, groups and capacity.
+    """Decide block size, pages, groups and capacity, the block size for the whole model, the rest stage by stage.
 
     :param backends: per attention layer the capabilities of its backend.
     :param device: facts of the device; ``None`` plans without its memory.
@@ -79,6 +80,7 @@ def plan_model(
     :param refusals: sentences about what was not chosen.
     :raises BlockSizeError: if no block size suits all, or the user's does not.
     :raises CapacityError: if one request cannot fit into the memory.
+    :raises ConfigError: if there are more pipeline stages than layers.
     :raises BackendError: if an attention layer has no backend.
     """
     _require_backends(model, backends)
@@ -91,7 +93,7 @@ def plan_model(
         prefill_checkpoint_alignment=prefill_checkpoint_alignment,
     )
     said = [*reasons, *model.notes]
-    budget = None if config.cache.num_blocks is not None else _budget(model, config, device, said)
+    budget = None if config.cache.num_blocks is not None else cache_budget(model, config, device, said)
     chosen = choose_strategy(
         model,
         request,
@@ -100,22 +102,31 @@ def plan_model(
         config,
         budget,
     )
-    decision, groups, shape = chosen.decision, chosen.groups, chosen.strategy.shape
-    said += [*decision.reasons, *chosen.reasons]
-    warnings = [*chosen.warnings, *_warnings(chosen)]
-    capacity = _capacity(config, groups, shape, budget, request.max_model_len, said)
-    max_model_len = _served_max_model_len(config, capacity, groups, shape, request.max_model_len, warnings)
+    decision = chosen.decision
+    said += [*_pipeline(chosen.stages), *decision.reasons, *chosen.reasons]
+    stages = with_capacities(chosen.stages, config, budget, config.cache.num_blocks, request.max_model_len)
+    tight, capacity = tightest(stages, holding_of(config), request.max_model_len), whole_capacity(stages)
+    warnings = [*chosen.warnings, *_warnings(decision, tight), *_idle_stages(stages)]
+    if capacity is None:
+        said.append("capacity: not computed, no memory budget was given and the device's memory is not known.")
+    sizes = sizes_of(model, decision, tight, backends.values(), config)
+    said += sizes.sentences()
+    max_model_len = served_max_model_len(config, capacity, stages, request.max_model_len, warnings)
     return Plan(
         model=model,
         platform=platform.name,
         decision=decision,
-        strategy=chosen.strategy,
-        groups=groups,
+        strategy=chosen.of_stage(tight),
+        groups=tight.groups,
         layers=tuple(_planned(layer, backends, decision) for layer in model.layers),
-        slots_per_block=chosen.slots_per_block,
-        pool_bytes_per_block=shape.block_bytes if groups else 0,
+        slots_per_block=tight.slots_per_block,
+        pool_bytes_per_block=tight.pool_bytes_per_block,
         max_model_len=max_model_len,
         capacity=capacity,
+        stages=stages,
+        tightest_stage=tight.index,
+        replicas=config.parallel.data_parallel_size,
+        sizes=sizes,
         reasons=tuple(said),
         refusals=tuple(refusals),
         warnings=tuple(warnings),
@@ -123,20 +134,45 @@ def plan_model(
 
 
 def without_idle_blocks(plan: Plan, config: EngineConfig) -> Plan:
-    """The plan with a pool no larger than ``max_num_seqs`` longest requests can hold, where the user left it open."""
-    cache, seqs = config.cache, config.scheduler.max_num_seqs
+    """The plan with pools no larger than ``max_num_seqs`` longest requests can hold, where the user left them open."""
+    cache, seqs, holding = config.cache, config.scheduler.max_num_seqs, holding_of(config)
     if plan.capacity is None or cache.num_blocks is not None or cache.memory_bytes is not None:
         return plan
-    shape = plan.strategy.shape
-    useful = useful_blocks(plan.groups, shape, plan.max_model_len, seqs, _holding(config))
-    if useful >= plan.capacity.num_blocks:
+    counts, said = [], []
+    for stage in plan.stages:
+        useful = useful_blocks(stage.groups, stage.shape, plan.max_model_len, seqs, holding)
+        there = stage.capacity.num_blocks if stage.capacity is not None else 0
+        counts.append(min(useful, there))
+        if useful < there:
+            where = f"{stage.name}: " if len(plan.stages) > 1 else ""
+            said.append(
+                f"capacity: {where}{useful} blocks are all that {seqs} requests of {plan.max_model_len} tokens can "
+                f"hold, so that {format_bytes(useful * stage.shape.block_bytes)} of the memory are used."
+            )
+    if not said:
         return plan
-    said = (
-        f"capacity: {useful} blocks are all that {seqs} requests of {plan.max_model_len} tokens can hold, so that "
-        f"{format_bytes(useful * shape.block_bytes)} of the memory are used."
-    )
-    capacity = _count(config, plan.groups, shape, None, useful, plan.max_model_len)
-    return replace(plan, capacity=capacity, reasons=(*plan.reasons, said))
+    stages = with_capacities(plan.stages, config, None, counts, plan.max_model_len)
+    return replace(plan, stages=stages, capacity=whole_capacity(stages), reasons=(*plan.reasons, *said))
+
+
+def _pipeline(stages: Sequence[StagePlan]) -> list[str]:
+    if len(stages) == 1:
+        return []
+    counts = [str(len(stage.layers)) for stage in stages]
+    return [
+        f"pipeline: {sum(len(stage.layers) for stage in stages)} layers in {len(stages)} stages of "
+        f"{', '.join(counts)}; one block size for all, each stage has pages and a pool of its own."
+    ]
+
+
+def _idle_stages(stages: Sequence[StagePlan]) -> list[str]:
+    if all(not stage.groups for stage in stages):
+        return []
+    return [
+        f"{stage.name} stores nothing: its layers read what another stage stores, or keep nothing."
+        for stage in stages
+        if not stage.groups
+    ]
 
 
 def _setting_constraints(backends: Mapping[int, Capabilities], config: EngineConfig) -> tuple[Constraint, ...]:
@@ -197,19 +233,22 @@ def _state_tokens(model: ModelSpec) -> int:
 
 def _planned(layer: LayerSpec, backends: Mapping[int, Capabilities], decision: BlockSizeDecision) -> PlannedLayer:
     if isinstance(layer.spec, MambaSpec):
-        return PlannedLayer(layer=layer.layer, kind=layer.kind, backend=None, page_bytes=layer.spec.state_bytes)
+        return PlannedLayer(
+            layer=layer.layer, kind=layer.kind, backend=None, page_bytes=layer.spec.state_bytes, kv_cache_dtype=None
+        )
     return PlannedLayer(
         layer=layer.layer,
         kind=layer.kind,
         backend=backends[layer.layer].name,
         page_bytes=layer.spec.page_size_bytes(decision.block_size),
+        kv_cache_dtype=layer.spec.dtype,
     )
 
 
-def _warnings(chosen: StrategyPlan) -> list[str]:
+def _warnings(decision: BlockSizeDecision, stage: StagePlan) -> list[str]:
     """What costs memory more than one would expect, with the numbers."""
     found = []
-    decision, groups, per_block = chosen.decision, chosen.groups, chosen.strategy.shape.block_bytes
+    groups, per_block = stage.groups, stage.shape.block_bytes
     raw = decision.state_raw_bytes
     if raw and 100 * (decision.state_page_bytes - raw) > NOTABLE_PADDING_PCT * raw:
         pct = 100 * (decision.state_page_bytes - raw) / raw
@@ -221,95 +260,3 @@ def _warnings(chosen: StrategyPlan) -> list[str]:
             f"the shortest request takes {format_bytes(floor)}: {len(groups)} groups x {format_bytes(per_block)}."
         )
     return found
-
-
-def _capacity(
-    config: EngineConfig,
-    groups: Sequence[LayerGroup],
-    shape: PoolShape,
-    budget: int | None,
-    max_model_len: int,
-    reasons: list[str],
-) -> Capacity | None:
-    num_blocks = config.cache.num_blocks
-    if not groups or (budget is None and num_blocks is None):
-        reasons.append("capacity: not computed, no memory budget was given and the device's memory is not known.")
-        return None
-    return _count(config, groups, shape, budget, num_blocks, max_model_len)
-
-
-def _count(
-    config: EngineConfig,
-    groups: Sequence[LayerGroup],
-    shape: PoolShape,
-    budget: int | None,
-    num_blocks: int | None,
-    max_model_len: int,
-) -> Capacity:
-    return plan_capacity(
-        groups,
-        shape,
-        memory_bytes=budget,
-        num_blocks=num_blocks,
-        lengths=tuple(sorted({n for n in (*LENGTHS, max_model_len) if n <= max_model_len})),
-        max_model_len=max_model_len,
-        holding=_holding(config),
-    )
-
-
-def _holding(config: EngineConfig) -> Holding:
-    """Sliding windows count in full: an engine that frees blocks early only needs less."""
-    return Holding(mamba_cache_mode=config.cache.mamba_cache_mode)
-
-
-def _budget(model: ModelSpec, config: EngineConfig, device: DeviceFacts | None, reasons: list[str]) -> int | None:
-    """Bytes for the cache on this rank: the setting, or what the device has beside the weights."""
-    if config.cache.memory_bytes is not None:
-        reasons.append(f"memory: {format_bytes(config.cache.memory_bytes)} for the cache as the user set.")
-        return config.cache.memory_bytes
-    total = config.device.device_memory_bytes or (device.memory_bytes if device is not None else None)
-    if total is None:
-        return None
-    share = int(total * config.cache.memory_fraction)
-    weights = -(-(model.weights_bytes or 0) // model.tensor_parallel_size)
-    known = f"{format_bytes(weights)} of weights" if weights else "weights, whose size is not known and counts as 0"
-    reasons.append(
-        f"memory: {config.cache.memory_fraction:g} of {format_bytes(total)} less {known} leaves "
-        f"{format_bytes(max(0, share - weights))} for the cache."
-    )
-    if share <= weights:
-        raise CapacityError(
-            f"{config.cache.memory_fraction:g} of the device's {format_bytes(total)} is {format_bytes(share)}, and the "
-            f"weights alone take {format_bytes(weights)}; use more memory, more ranks or a smaller model",
-            option="memory_fraction",
-            value=config.cache.memory_fraction,
-            expected=f"more than {weights} bytes",
-        )
-    return share - weights
-
-
-def _served_max_model_len(
-    config: EngineConfig,
-    capacity: Capacity | None,
-    groups: Sequence[LayerGroup],
-    shape: PoolShape,
-    max_model_len: int,
-    warnings: list[str],
-) -> int:
-    """The longest request: what the user asked for has to fit, the model's own maximum is cut to what fits."""
-    if capacity is None or capacity.max_tokens >= max_model_len:
-        return max_model_len
-    needed = _holding(config).request_bytes(groups, shape, max_model_len)
-    if config.model.max_model_len is not None:
-        raise CapacityError(
-            f"one request of max_model_len {max_model_len} needs {format_bytes(needed)} ({needed} bytes) of cache, and "
-            f"there are {format_bytes(capacity.memory_bytes)}; the longest that fits is {capacity.max_tokens}",
-            option="max_model_len",
-            value=max_model_len,
-            expected=f"<= {capacity.max_tokens}",
-        )
-    warnings.append(
-        f"one request of the model's {max_model_len} tokens would need {format_bytes(needed)}; the longest that "
-        f"fits and is served is {capacity.max_tokens}."
-    )
-    return capacity.max_tokens

@@ -14,7 +14,9 @@ from ..cache.subdivided_layout import SubdividedLayout
 from ..config import LAYOUTS, EngineConfig
 from ..device import DeviceFacts, format_bytes
 from ..errors import BackendError, CapacityError
+from .orders import common_order
 from .plan import Plan
+from .stages import StagePlan
 
 if TYPE_CHECKING:
     from ..attention_backends.interface import AttentionImpl
@@ -107,26 +109,30 @@ def make_ready(
 
 
 def layout_of(plan: Plan, order: str, num_blocks: int) -> Layout:
-    """Where everything lies in a pool of ``num_blocks`` blocks.
+    """Where everything lies in a pool of ``num_blocks`` blocks; with pipeline stages, in the tightest one's.
 
     :param order: one of ``config.LAYOUTS``.
     :raises ConfigError: for an order in which these pages cannot lie.
     """
-    if plan.strategy.name == "subdivided":
+    return stage_layout(plan.stages[plan.tightest_stage], plan.block_size, order, num_blocks)
+
+
+def stage_layout(stage: StagePlan, block_size: int, order: str, num_blocks: int) -> Layout:
+    """Where everything of one pipeline stage lies, in a pool of ``num_blocks`` blocks of ``block_size`` tokens.
+
+    :raises ConfigError: for an order in which these pages cannot lie, or a stage that stores nothing.
+    """
+    if stage.page_strategy == "subdivided":
         return SubdividedLayout(
-            order=order,
-            num_blocks=num_blocks,
-            block_size=plan.block_size,
-            shape=plan.strategy.shape,
-            groups=plan.groups,
+            order=order, num_blocks=num_blocks, block_size=block_size, shape=stage.shape, groups=stage.groups
         )
     return CacheLayout(
         order=order,
         num_blocks=num_blocks,
-        slots_per_block=plan.slots_per_block,
-        page_size_bytes=plan.page_bytes,
-        block_size=plan.block_size,
-        groups=plan.groups,
+        slots_per_block=stage.slots_per_block,
+        page_size_bytes=stage.page_bytes,
+        block_size=block_size,
+        groups=stage.groups,
     )
 
 
@@ -149,10 +155,7 @@ def choose_layout(
                     expected=list(orders),
                 )
         return asked, f"layout: {asked}, as asked."
-    wished = next(iter(readable.values()), LAYOUTS)
-    if block_major:
-        wished = tuple(order for order in wished if order.startswith("cross_layer_"))
-    order = next((order for order in wished if all(order in orders for orders in readable.values())), None)
+    order = common_order(list(readable.values()), block_major=block_major)
     if order is None:
         said = "; ".join(f"{name} reads {', '.join(orders)}" for name, orders in readable.items())
         raise BackendError(

@@ -143,6 +143,7 @@ def check_unified(plan: Plan, options: dict[str, object]) -> Iterator[str]:
 
 def check_subdivided(plan: Plan, options: dict[str, object]) -> Iterator[str]:
     decision, shape = plan.decision, plan.strategy.shape
+    filled = blocks = 0
     for group in plan.groups:
         if group.is_state:
             used = state_offsets(group.layers)[-1][0]
@@ -157,8 +158,9 @@ def check_subdivided(plan: Plan, options: dict[str, object]) -> Iterator[str]:
         pages = [layer.spec.page_size_bytes(decision.block_size) for layer in group.layers]  # type: ignore[union-attr]
         if sum(pages) > shape.block_bytes or shape.block_bytes % pages[0]:
             yield f"pages of {pages} in a block of {shape.block_bytes}"
-        if 8 * sum(pages) < 7 * shape.block_bytes:
-            yield f"a block of {shape.block_bytes} bytes is filled by {sum(pages)} only"
+        filled, blocks = filled + sum(pages), blocks + shape.block_bytes
+    if 8 * filled < 7 * blocks:
+        yield f"blocks of {shape.block_bytes} bytes, {blocks} in all, are filled by {filled} only"
     if min(shape.state_page_blocks, shape.states_per_block) != 1:
         yield f"{shape}"
     if any(isinstance(rule, AtLeastPage) for rule in decision.constraints):

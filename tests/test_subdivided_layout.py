@@ -132,7 +132,7 @@ def test_the_last_incomplete_state_page_is_no_state():
     [
         ({"order": "NDH"}, "layout 'NDH' is not known"),
         ({"num_blocks": 1}, "num_blocks 1 leaves nothing"),
-        ({"groups": ()}, "need one group of states beside groups of attention"),
+        ({"groups": ()}, "keep all states in one group; here are 0 groups"),
         ({"order": "NHD"}, "layout NHD keeps a layer's pages together, and group 1 has 2 layers in a block"),
         ({"shape": PoolShape(block_bytes=1024)}, "group 0 needs 1408 bytes of each state page, which has 1024"),
         ({"block_size": 8}, "group 1 needs 2048 bytes of each block, which has 1024"),

@@ -1,0 +1,122 @@
+"""From the memory of a rank to blocks and requests, stage by stage."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+from ..cache.capacity import Capacity, Holding, plan_capacity
+from ..config import EngineConfig
+from ..device import DeviceFacts, format_bytes
+from ..errors import CapacityError
+from ..hybrid.model_specs import ModelSpec
+from .stages import StagePlan, in_stage
+
+LENGTHS = (512, 4096, 32768, 131072)
+"""Request lengths, in tokens, that concurrency is counted for, beside the longest."""
+
+
+def holding_of(config: EngineConfig) -> Holding:
+    """Sliding windows count in full: an engine that frees blocks early only needs less."""
+    return Holding(mamba_cache_mode=config.cache.mamba_cache_mode)
+
+
+def cache_budget(model: ModelSpec, config: EngineConfig, device: DeviceFacts | None, reasons: list[str]) -> int | None:
+    """Bytes for the cache on one rank: the setting, or what the device has beside the weights."""
+    if config.cache.memory_bytes is not None:
+        reasons.append(f"memory: {format_bytes(config.cache.memory_bytes)} for the cache as the user set.")
+        return config.cache.memory_bytes
+    total = config.device.device_memory_bytes or (device.memory_bytes if device is not None else None)
+    if total is None:
+        return None
+    share = int(total * config.cache.memory_fraction)
+    ranks = model.tensor_parallel_size * config.parallel.pipeline_parallel_size
+    weights = -(-(model.weights_bytes or 0) // ranks)
+    known = f"{format_bytes(weights)} of weights" if weights else "weights, whose size is not known and counts as 0"
+    reasons.append(
+        f"memory: {config.cache.memory_fraction:g} of {format_bytes(total)} less {known} leaves "
+        f"{format_bytes(max(0, share - weights))} for the cache."
+    )
+    if share <= weights:
+        raise CapacityError(
+            f"{config.cache.memory_fraction:g} of the device's {format_bytes(total)} is {format_bytes(share)}, and the "
+            f"weights alone take {format_bytes(weights)}; use more memory, more ranks or a smaller model",
+            option="memory_fraction",
+            value=config.cache.memory_fraction,
+            expected=f"more than {weights} bytes",
+        )
+    return share - weights
+
+
+def with_capacities(
+    stages: Sequence[StagePlan],
+    config: EngineConfig,
+    budget: int | None,
+    num_blocks: Sequence[int] | int | None,
+    max_model_len: int,
+) -> tuple[StagePlan, ...]:
+    """The stages, each with what fits into its own pool; unchanged where neither a budget nor blocks are known.
+
+    :param num_blocks: blocks of the pool, of every stage or of each.
+    :raises CapacityError: if one request cannot fit, naming the stage where there are several.
+    """
+    if budget is None and num_blocks is None:
+        return tuple(stages)
+    counts = [num_blocks] * len(stages) if num_blocks is None or isinstance(num_blocks, int) else num_blocks
+    found = []
+    for stage, count in zip(stages, counts, strict=True):
+        if not stage.groups:
+            found.append(stage)
+            continue
+        try:
+            found.append(replace(stage, capacity=_count(stage, config, budget, count, max_model_len)))
+        except CapacityError as error:
+            if len(stages) == 1:
+                raise
+            raise in_stage(error, stage) from None
+    return tuple(found)
+
+
+def served_max_model_len(
+    config: EngineConfig,
+    capacity: Capacity | None,
+    stages: Sequence[StagePlan],
+    max_model_len: int,
+    warnings: list[str],
+) -> int:
+    """The longest request: what the user asked for has to fit, the model's own maximum is cut to what fits."""
+    if capacity is None or capacity.max_tokens >= max_model_len:
+        return max_model_len
+    holding = holding_of(config)
+    tight = next(x for x in stages if x.capacity is not None and x.capacity.max_tokens == capacity.max_tokens)
+    assert tight.capacity is not None
+    needed = holding.request_bytes(tight.groups, tight.shape, max_model_len)
+    where = f" in {tight.name}" if len(stages) > 1 else ""
+    if config.model.max_model_len is not None:
+        raise CapacityError(
+            f"one request of max_model_len {max_model_len} needs {format_bytes(needed)} ({needed} bytes) of cache"
+            f"{where}, and there are {format_bytes(tight.capacity.memory_bytes)}; the longest that fits is "
+            f"{capacity.max_tokens}",
+            option="max_model_len",
+            value=max_model_len,
+            expected=f"<= {capacity.max_tokens}",
+        )
+    warnings.append(
+        f"one request of the model's {max_model_len} tokens would need {format_bytes(needed)}{where}; the longest that "
+        f"fits and is served is {capacity.max_tokens}."
+    )
+    return capacity.max_tokens
+
+
+def _count(
+    stage: StagePlan, config: EngineConfig, budget: int | None, num_blocks: int | None, max_model_len: int
+) -> Capacity:
+    return plan_capacity(
+        stage.groups,
+        stage.shape,
+        memory_bytes=budget,
+        num_blocks=num_blocks,
+        lengths=tuple(sorted({n for n in (*LENGTHS, max_model_len) if n <= max_model_len})),
+        max_model_len=max_model_len,
+        holding=holding_of(config),
+    )
