@@ -65,8 +65,8 @@ class Sizes:
             f"sizes, block: the pool hands out {self.block} tokens.",
             f"sizes, match: a prefix matches {match}; {self.match_reason}.",
             f"sizes, checkpoint: states are kept {kept}.",
-            f"sizes, transfer: per block id {runs} of {format_bytes(self.transfer_bytes)} ({self.transfer_bytes} bytes) "
-            f"in {self.layout}{states}.",
+            f"sizes, transfer: per block id {runs} of {format_bytes(self.transfer_bytes)} "
+            f"({self.transfer_bytes} bytes) in {self.layout}{states}.",
         ]
 
 

@@ -52,18 +52,10 @@ def test_skipped_layers_keep_the_models_dtype():
 
 
 def test_windows_and_latents_are_skipped_too():
-    windowed = (
-        read("google/gemma-2-2b", (0, 1)) if "google/gemma-2-2b" in _presets() else read("openai/gpt-oss-20b", (0, 1))
-    )
+    windowed = read("openai/gpt-oss-20b", (0, 1))
     assert [layer.spec.dtype for layer in windowed.attention_layers[:3]] == ["bfloat16", "bfloat16", "fp8_e4m3"]
     latent = read("moonshotai/Kimi-Linear-48B-A3B-Instruct", (3,))
     assert [layer.spec.dtype for layer in latent.attention_layers[:2]] == ["bfloat16", "fp8_e4m3"]
-
-
-def _presets():
-    from makeready.hybrid.presets import preset_names
-
-    return preset_names()
 
 
 @pytest.mark.parametrize("skip", [(0,), (5, 99), (-1,)])
@@ -134,11 +126,11 @@ def test_models_of_attention_only_may_subdivide_then():
 @pytest.mark.parametrize("strategy", ["unified", "subdivided"])
 @pytest.mark.parametrize(("name", "skip"), [(NANO, (5, 12)), (NANO, (5,)), (DENSE, (0, 5, 7)), (DENSE, (35,))])
 def test_allocated_and_handed_out_as_planned(name, skip, strategy, order):
-    spec = replace(read(name, skip), max_model_len=1000)
-    kept = tuple(layer for layer in spec.layers if layer.layer in skip or layer.layer % 4 == 3 or layer.layer < 5)
+    spec = replace(read(name, skip), max_model_len=200)
+    kept = tuple(layer for layer in spec.layers if not layer.is_state or layer.layer < 5)
     spec = replace(spec, layers=kept)
     sizes = planned(spec, skip, page_strategy=strategy, num_blocks=1 << 20)
-    states, blocks = Holding().request_need(sizes.groups, 1000)
+    states, blocks = Holding().request_need(sizes.groups, 200)
     least = sizes.strategy.shape.least_blocks(2 * states, 2 * blocks)
     plan = planned(spec, skip, page_strategy=strategy, num_blocks=least)
     layout = layout_of(plan, order, least)
