@@ -81,6 +81,11 @@ _DECISIONS = _options(
     click.option("--mamba-block-size", type=int, help="Tokens between kept states (align, all). Respected or refused."),
     click.option("--mamba-cache-dtype", default="auto", show_default=True, help="Dtype of convolution states."),
     click.option("--mamba-ssm-cache-dtype", default="auto", show_default=True, help="Dtype of recurrent states."),
+    click.option(
+        "--mamba-prefill-checkpoint-alignment",
+        type=int,
+        help="Tokens at whose multiples prefill can keep a state (align, all): blocks become a multiple of it.",
+    ),
     click.option("--dtype", default="auto", show_default=True, help="Dtype of weights and activations."),
     click.option("--max-model-len", type=int, help="Longest sequence, prompt and output together, in tokens."),
     click.option("--memory", "memory_bytes", callback=_size, help="Memory for the cache, such as 80GiB."),
@@ -113,6 +118,12 @@ def cli() -> None:
     default="vllm",
     show_default=True,
     help="Whose states are stored: vllm (convolutions keep K-1 columns) or transformers (K columns, float32 states).",
+)
+@click.option(
+    "--free-out-of-window",
+    is_flag=True,
+    default=None,
+    help="Count for an engine that returns blocks which have left a sliding window.",
 )
 @click.option("--explain", is_flag=True, help="Add the reason of every decision.")
 @click.option(

@@ -69,6 +69,12 @@ class CacheConfig:
     )
     mamba_cache_dtype: str = setting("auto", "dtype of convolution states; auto takes the model's")
     mamba_ssm_cache_dtype: str = setting("auto", "dtype of recurrent states; auto asks the family's rule")
+    mamba_prefill_checkpoint_alignment: int | None = setting(
+        None, "where prefill kernels can keep a state (align, all): blocks become a multiple of it", "tokens"
+    )
+    free_out_of_window: bool = setting(
+        False, "count for an engine that returns blocks which have left a sliding window while a request runs"
+    )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -158,6 +164,7 @@ class EngineConfig:
         for option, value in (
             ("block_size", cache.block_size),
             ("mamba_block_size", cache.mamba_block_size),
+            ("mamba_prefill_checkpoint_alignment", cache.mamba_prefill_checkpoint_alignment),
             ("num_blocks", cache.num_blocks),
             ("memory_bytes", cache.memory_bytes),
             ("device_memory_bytes", self.device.device_memory_bytes),

@@ -193,6 +193,13 @@ def _require_one_device(config: EngineConfig) -> None:
                 value=value,
                 expected=1,
             )
+    if config.cache.free_out_of_window:
+        raise ConfigError(
+            "free_out_of_window can be planned, not launched: the embedded engine keeps blocks until a request ends",
+            option="free_out_of_window",
+            value=True,
+            expected=False,
+        )
 
 
 def _read(config: EngineConfig, engine: str) -> ModelSpec:

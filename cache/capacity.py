@@ -106,6 +106,13 @@ class Holding:
             return min(blocks, -(-covered // group.block_size) + 1)
         return blocks
 
+    def kept_tokens(self, group: LayerGroup, num_tokens: int) -> int:
+        """Tokens of a request of ``num_tokens`` whose K and V an attention group still needs."""
+        spec = group.layers[0].spec
+        if self.frees_out_of_window and isinstance(spec, AttentionSpec) and spec.sliding_window is not None:
+            return min(num_tokens, spec.sliding_window)
+        return num_tokens
+
     def request_blocks(self, groups: Sequence[LayerGroup], num_tokens: int) -> int:
         """Ids of all groups that a request of ``num_tokens`` tokens holds."""
         return sum(self.request_need(groups, num_tokens))

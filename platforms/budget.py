@@ -17,8 +17,13 @@ LENGTHS = (512, 4096, 32768, 131072)
 
 
 def holding_of(config: EngineConfig) -> Holding:
-    """Sliding windows count in full: an engine that frees blocks early only needs less."""
-    return Holding(mamba_cache_mode=config.cache.mamba_cache_mode)
+    """How long blocks are kept. Sliding windows count in full unless the engine is said to free blocks early."""
+    freeing = config.cache.free_out_of_window
+    return Holding(
+        mamba_cache_mode=config.cache.mamba_cache_mode,
+        frees_out_of_window=freeing,
+        in_flight=config.scheduler.max_num_batched_tokens if freeing else 0,
+    )
 
 
 def cache_budget(model: ModelSpec, config: EngineConfig, device: DeviceFacts | None, reasons: list[str]) -> int | None:

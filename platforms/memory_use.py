@@ -58,7 +58,7 @@ class RequestMemory:
 
 def request_memory(plan: Plan, tokens: int) -> RequestMemory:
     """What one request of ``tokens`` tokens takes."""
-    holding, shape = _holding(plan), plan.strategy.shape
+    holding, shape = plan.holding, plan.strategy.shape
     states, blocks = holding.request_need(plan.groups, tokens)
     taken = states * shape.state_page_bytes + blocks * shape.block_bytes
     kv, state = _needed(plan.groups, holding, tokens)
@@ -93,7 +93,7 @@ def mix_waste(plan: Plan, lengths: Sequence[int]) -> float:
 
     Whole blocks and state pages count, with every byte of them that no other request can use.
     """
-    holding, shape = _holding(plan), plan.strategy.shape
+    holding, shape = plan.holding, plan.strategy.shape
     states = blocks = needed = 0
     for length, count in Counter(lengths).items():
         own_states, own_blocks = holding.request_need(plan.groups, length)
@@ -111,10 +111,6 @@ def requests_dict(plan: Plan) -> dict[str, object]:
     }
 
 
-def _holding(plan: Plan) -> Holding:
-    return Holding(mamba_cache_mode=plan.decision.mamba_cache_mode)
-
-
 def _bytes_per_token(group: LayerGroup) -> int:
     """Of all layers of an attention group; 0 for states, which do not grow."""
     return sum(layer.spec.bytes_per_token for layer in group.layers if isinstance(layer.spec, AttentionSpec))
@@ -122,7 +118,7 @@ def _bytes_per_token(group: LayerGroup) -> int:
 
 def _needed(groups: Sequence[LayerGroup], holding: Holding, tokens: int) -> tuple[int, int]:
     """Bytes of K and V, and of states, without any rounding."""
-    kv = tokens * sum(map(_bytes_per_token, groups))
+    kv = sum(holding.kept_tokens(group, tokens) * _bytes_per_token(group) for group in groups)
     state = sum(holding.group_blocks(group, tokens) * _state_bytes(group) for group in groups if group.is_state)
     return kv, state
 

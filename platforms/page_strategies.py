@@ -6,12 +6,13 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from ..attention_backends.interface import Capabilities
-from ..cache.capacity import Holding, PoolShape
+from ..cache.capacity import PoolShape
 from ..cache.specs import AttentionSpec, dtype_bytes, is_plain
 from ..config import EngineConfig
 from ..device import format_bytes
 from ..errors import BlockSizeError, CapacityError, ConfigError
 from ..hybrid.model_specs import ModelSpec
+from .budget import holding_of
 from .decision import BlockSizeDecision, BlockSizeRequest
 from .mixed_pages import padded_attention, page_sizes_differ
 from .stages import StagePlan, subdivided_stages, unified_stages, waste_of
@@ -269,7 +270,7 @@ def _strategy(
         decision=decision,
         stages=stages,
         estimate_tokens=tokens,
-        waste_estimate=waste_of(stages, Holding(mamba_cache_mode=config.cache.mamba_cache_mode), tokens),
+        waste_estimate=waste_of(stages, holding_of(config), tokens),
         reasons=reasons,
         warnings=warnings,
     )

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from ..cache.capacity import Capacity
+from ..cache.capacity import Capacity, Holding
 from ..cache.specs import LayerGroup, MambaSpec
 from ..device import format_bytes
 from ..hybrid.model_specs import ModelSpec
@@ -60,6 +60,8 @@ class Plan:
     """Data parallel replicas; each serves its own requests."""
     sizes: Sizes
     """The five sizes that must be told apart."""
+    holding: Holding
+    """How long blocks of a live request are kept."""
     reasons: tuple[str, ...]
     refusals: tuple[str, ...]
     warnings: tuple[str, ...]

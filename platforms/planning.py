@@ -35,7 +35,6 @@ def block_size_request(
     *,
     extra_constraints: Iterable[Constraint] = (),
     preferred_block_sizes: Mapping[str, int] | None = None,
-    prefill_checkpoint_alignment: int | None = None,
 ) -> BlockSizeRequest:
     """What the platform decides the block size from; plugins may look at it before it gets their constraints.
 
@@ -51,7 +50,7 @@ def block_size_request(
         mamba_block_size=cache.mamba_block_size,
         mamba_cache_mode=cache.mamba_cache_mode,
         max_model_len=_asked_max_model_len(model, config),
-        prefill_checkpoint_alignment=prefill_checkpoint_alignment,
+        prefill_checkpoint_alignment=cache.mamba_prefill_checkpoint_alignment,
         state_tokens=_state_tokens(model),
         extra_constraints=(*extra_constraints, *_setting_constraints(backends, config)),
     )
@@ -66,7 +65,6 @@ def plan_model(
     *,
     extra_constraints: Iterable[Constraint] = (),
     preferred_block_sizes: Mapping[str, int] | None = None,
-    prefill_checkpoint_alignment: int | None = None,
     reasons: Sequence[str] = (),
     refusals: Sequence[str] = (),
 ) -> Plan:
@@ -75,7 +73,6 @@ def plan_model(
     :param backends: per attention layer the capabilities of its backend.
     :param device: facts of the device; ``None`` plans without its memory.
     :param preferred_block_sizes: per backend name the block size that it would choose, in tokens.
-    :param prefill_checkpoint_alignment: tokens at whose multiples the state kernels can stop in prefill.
     :param reasons: sentences of earlier decisions (platform, backends), put first.
     :param refusals: sentences about what was not chosen.
     :raises BlockSizeError: if no block size suits all, or the user's does not.
@@ -90,7 +87,6 @@ def plan_model(
         config,
         extra_constraints=extra_constraints,
         preferred_block_sizes=preferred_block_sizes,
-        prefill_checkpoint_alignment=prefill_checkpoint_alignment,
     )
     said = [*reasons, *model.notes]
     budget = None if config.cache.num_blocks is not None else cache_budget(model, config, device, said)
@@ -127,6 +123,7 @@ def plan_model(
         tightest_stage=tight.index,
         replicas=config.parallel.data_parallel_size,
         sizes=sizes,
+        holding=holding_of(config),
         reasons=tuple(said),
         refusals=tuple(refusals),
         warnings=tuple(warnings),

@@ -162,7 +162,7 @@ def waste_of(stages: Sequence[StagePlan], holding: Holding, tokens: int) -> floa
         states, blocks = holding.request_need(stage.groups, tokens)
         taken += states * stage.shape.state_page_bytes + blocks * stage.shape.block_bytes
         for group in stage.groups:
-            kept = holding.group_blocks(group, tokens) if group.is_state else tokens
+            kept = holding.group_blocks(group, tokens) if group.is_state else holding.kept_tokens(group, tokens)
             for spec, count in Counter(layer.spec for layer in group.layers).items():
                 size = spec.bytes_per_token if isinstance(spec, AttentionSpec) else spec.state_bytes
                 needed += kept * count * size

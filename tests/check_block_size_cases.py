@@ -121,13 +121,13 @@ def plan_case(case: Case, *, user_block: bool = True, user_mamba: bool = True) -
         mamba_cache_mode=mode,
         max_model_len=settings["max_model_len"],
         tensor_parallel_size=settings["tp"],
+        mamba_prefill_checkpoint_alignment=settings["mamba_prefill_checkpoint_alignment"],
     )
     return plan_model(
         model,
         PLATFORMS[settings["platform"]],
         {layer.layer: backend for layer in model.attention_layers},
         config,
-        prefill_checkpoint_alignment=settings["mamba_prefill_checkpoint_alignment"],
     )
 
 

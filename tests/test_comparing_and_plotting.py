@@ -50,6 +50,17 @@ def test_what_a_request_takes_is_what_the_pool_hands_out(name, strategy):
         assert mix_waste(made, [tokens]) == pytest.approx(1 - (one.kv_bytes + one.state_bytes) / taken)
 
 
+def test_an_engine_that_frees_early_holds_less_of_a_sliding_window():
+    full, early = (plan("openai/gpt-oss-20b", platform="cuda", free_out_of_window=early) for early in (False, True))
+    far = 30000
+    assert request_memory(early, far).total_bytes < 0.6 * request_memory(full, far).total_bytes
+    assert request_memory(early, 100) == request_memory(full, 100)
+    sliding = next(group for group in early.groups if group.kind == "sliding")
+    covered = 128 - 1 + 512  # the window, and the tokens of one step
+    assert early.holding.group_blocks(sliding, far) == -(-covered // 16) + 1
+    assert mix_waste(early, [far]) == pytest.approx(request_memory(early, far).waste)
+
+
 def test_mixes_are_those_that_waste_is_published_for():
     mixes = request_mixes()
     assert [len(lengths) for lengths in mixes.values()] == [64, 64, 16, 512]
