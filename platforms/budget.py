@@ -26,7 +26,9 @@ def holding_of(config: EngineConfig) -> Holding:
     )
 
 
-def cache_budget(model: ModelSpec, config: EngineConfig, device: DeviceFacts | None, reasons: list[str]) -> int | None:
+def cache_budget(
+    model: ModelSpec, config: EngineConfig, device: DeviceFacts | None, reasons: list[str], warnings: list[str]
+) -> int | None:
     """Bytes for the cache on one rank: the setting, or what the device has beside the weights."""
     if config.cache.memory_bytes is not None:
         reasons.append(f"memory: {format_bytes(config.cache.memory_bytes)} for the cache as the user set.")
@@ -34,6 +36,11 @@ def cache_budget(model: ModelSpec, config: EngineConfig, device: DeviceFacts | N
     total = config.device.device_memory_bytes or (device.memory_bytes if device is not None else None)
     if total is None:
         return None
+    if model.weights_bytes is None:
+        warnings.append(
+            f"the size of the weights of {model.name} is not known and counts as 0: less of {format_bytes(total)} is "
+            "left for the cache; give memory_bytes (--memory), or plan from a checkpoint directory."
+        )
     share = int(total * config.cache.memory_fraction)
     ranks = model.tensor_parallel_size * config.parallel.pipeline_parallel_size
     weights = -(-(model.weights_bytes or 0) // ranks)

@@ -23,7 +23,7 @@ from .plan import Plan, PlannedLayer
 from .sizes import sizes_of
 from .stages import StagePlan, state_bytes, tightest, whole_capacity
 
-__all__ = ["Plan", "block_size_request", "plan_model", "without_idle_blocks"]
+__all__ = ["Plan", "block_size_request", "plan_model", "with_num_blocks", "without_idle_blocks"]
 
 NOTABLE_PADDING_PCT = 10.0
 
@@ -89,7 +89,8 @@ def plan_model(
         preferred_block_sizes=preferred_block_sizes,
     )
     said = [*reasons, *model.notes]
-    budget = None if config.cache.num_blocks is not None else cache_budget(model, config, device, said)
+    mind: list[str] = []
+    budget = None if config.cache.num_blocks is not None else cache_budget(model, config, device, said, mind)
     chosen = choose_strategy(
         model,
         request,
@@ -102,7 +103,7 @@ def plan_model(
     said += [*_pipeline(chosen.stages), *decision.reasons, *chosen.reasons]
     stages = with_capacities(chosen.stages, config, budget, config.cache.num_blocks, request.max_model_len)
     tight, capacity = tightest(stages, holding_of(config), request.max_model_len), whole_capacity(stages)
-    warnings = [*chosen.warnings, *_warnings(decision, tight), *_idle_stages(stages)]
+    warnings = [*mind, *chosen.warnings, *_warnings(decision, tight), *_idle_stages(stages)]
     if capacity is None:
         said.append("capacity: not computed, no memory budget was given and the device's memory is not known.")
     sizes = sizes_of(model, decision, tight, backends.values(), config)
@@ -146,10 +147,27 @@ def without_idle_blocks(plan: Plan, config: EngineConfig) -> Plan:
                 f"capacity: {where}{useful} blocks are all that {seqs} requests of {plan.max_model_len} tokens can "
                 f"hold, so that {format_bytes(useful * stage.shape.block_bytes)} of the memory are used."
             )
-    if not said:
-        return plan
-    stages = with_capacities(plan.stages, config, None, counts, plan.max_model_len)
-    return replace(plan, stages=stages, capacity=whole_capacity(stages), reasons=(*plan.reasons, *said))
+    return with_num_blocks(plan, config, counts, said) if said else plan
+
+
+def with_num_blocks(plan: Plan, config: EngineConfig, num_blocks: Sequence[int], reasons: Sequence[str]) -> Plan:
+    """The plan with pools of ``num_blocks`` blocks, one number per stage.
+
+    :param reasons: sentences that say why.
+    :raises CapacityError: if one request of the planned longest length does not fit any more.
+    """
+    stages = with_capacities(plan.stages, config, None, num_blocks, plan.max_model_len)
+    capacity = whole_capacity(stages)
+    warnings = list(plan.warnings)
+    longest = served_max_model_len(config, capacity, stages, plan.max_model_len, warnings)
+    return replace(
+        plan,
+        stages=stages,
+        capacity=capacity,
+        max_model_len=longest,
+        reasons=(*plan.reasons, *reasons),
+        warnings=tuple(warnings),
+    )
 
 
 def _pipeline(stages: Sequence[StagePlan]) -> list[str]:

@@ -14,8 +14,10 @@ from ..cache.subdivided_layout import SubdividedLayout
 from ..config import LAYOUTS, EngineConfig
 from ..device import DeviceFacts, format_bytes
 from ..errors import BackendError, CapacityError
+from .address_range import shortest_reach
 from .orders import common_order
 from .plan import Plan
+from .planning import with_num_blocks
 from .stages import StagePlan
 
 if TYPE_CHECKING:
@@ -93,6 +95,8 @@ def make_ready(
         )
     several = plan.strategy.name == "subdivided" and plan.strategy.attention_group_width > 1
     order, why = choose_layout(config.cache.layout, backends, device, block_major=several)
+    plan = _within_reach(config, plan, order, backends, device)
+    assert plan.capacity is not None
     layout = layout_of(plan, order, plan.capacity.num_blocks)
     place = device.device_type if device.device_type == "cpu" else f"{device.device_type}:{device.index}"
     attention = _build(config, plan, layout, backends, device)
@@ -106,6 +110,31 @@ def make_ready(
         cleared_groups=_cleared(plan.groups, backends, device),
         notes=(why, f"cache: {layout.num_blocks} blocks, {format_bytes(layout.total_bytes)}, allocated on {place}."),
     )
+
+
+def _within_reach(
+    config: EngineConfig, plan: Plan, order: str, backends: Mapping[int, AttentionBackend], device: DeviceFacts
+) -> Plan:
+    """The plan with no more blocks than every kernel can address.
+
+    :raises BackendError: if the user asked for more, naming what is in reach.
+    """
+    assert plan.capacity is not None
+    wanted = plan.capacity.num_blocks
+    capabilities = {layer: backend.capabilities(device) for layer, backend in backends.items()}
+    reach = shortest_reach(layout_of(plan, order, wanted), capabilities)
+    if reach is None or wanted <= reach.num_blocks:
+        return plan
+    if config.cache.num_blocks is not None or config.cache.memory_bytes is not None:
+        option = "num_blocks" if config.cache.num_blocks is not None else "memory_bytes"
+        raise BackendError(
+            f"{option} asks for {wanted} blocks, and {reach.sentence()}; use fewer, or another backend",
+            option=option,
+            value=wanted,
+            expected=f"<= {reach.num_blocks} blocks",
+        )
+    said = f"capacity: {reach.sentence()}, of the {wanted} that the memory holds."
+    return with_num_blocks(plan, config, [reach.num_blocks], [said])
 
 
 def layout_of(plan: Plan, order: str, num_blocks: int) -> Layout:
