@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from makeready import plan
 from makeready.cli import main
 from makeready.config import EngineConfig
 from makeready.startup import BUNDLED_MODEL
@@ -64,3 +65,9 @@ def test_every_setting_is_in_the_reference_with_its_default_and_words():
             unit, doc = setting.metadata["unit"], setting.metadata["doc"]
             row = f"| `{setting.name}` | `{setting.default!r}` | {unit} | {doc} |"
             assert row in page, f"run tools/write_settings_page.py: {row}"
+
+
+def test_every_key_of_a_plan_is_in_the_reference():
+    page = (ROOT / "docs/reference/plan.md").read_text()
+    made = plan("Qwen/Qwen3-Next-80B-A3B-Instruct", platform="cuda", memory_bytes=2**36, pipeline_parallel_size=2)
+    assert [key for key in made.to_dict() if f"`{key}`" not in page] == []
