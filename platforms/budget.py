@@ -85,7 +85,7 @@ def with_capacities(
         except CapacityError as error:
             if len(stages) == 1:
                 raise
-            raise in_stage(error, stage) from None
+            raise in_stage(error, stage.name) from None
     return tuple(found)
 
 

@@ -132,7 +132,7 @@ def choose_strategy(
             chosen, f"page strategy: unified, the one that engine vllm has; it {_against(chosen, subdivided)}."
         )
     if isinstance(subdivided, str):
-        chosen = planners["unified"]() if isinstance(unified, str) else unified
+        chosen = _last_hope(planners["unified"], subdivided) if isinstance(unified, str) else unified
         return _said(chosen, f"page strategy: unified; it {_against(chosen, subdivided)}.")
     if isinstance(unified, str):
         return _said(subdivided, f"page strategy: subdivided; it {_against(subdivided, unified)}.")
@@ -219,6 +219,19 @@ def _attempt(planner: Callable[[], StrategyPlan]) -> StrategyPlan | str:
         return planner()
     except (BlockSizeError, CapacityError) as error:
         return error.message
+
+
+def _last_hope(planner: Callable[[], StrategyPlan], other: str) -> StrategyPlan:
+    """The plan of the one strategy that is left; its error names both, since each would send the user to the other."""
+    try:
+        return planner()
+    except CapacityError as error:
+        raise CapacityError(
+            f"no page strategy suits: {error.message}; and {other}",
+            option=error.option,
+            value="auto",
+            expected="one KV dtype, or layers that fill blocks",
+        ) from None
 
 
 def _against(found: StrategyPlan, other: StrategyPlan | str) -> str:

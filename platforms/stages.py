@@ -10,7 +10,7 @@ from types import MappingProxyType
 from ..cache.capacity import Capacity, Holding, PoolShape
 from ..cache.grouping import group_layers, slots_per_block
 from ..cache.specs import AttentionSpec, LayerGroup, LayerSpec, MambaSpec
-from ..cache.subdivision import subdivide, subdivided_groups
+from ..cache.subdivision import Subdivision, subdivide, subdivided_groups
 from ..errors import CapacityError
 from ..hybrid.model_specs import ModelSpec
 from ..hybrid.pipeline import stage_layers
@@ -41,7 +41,7 @@ class StagePlan:
     @property
     def name(self) -> str:
         """For sentences: ``stage 1 (layers 16-31)``."""
-        return f"stage {self.index} (layers {self.layers[0]}-{self.layers[-1]})"
+        return _name(self.index, self.layers)
 
     @property
     def pool_bytes_per_block(self) -> int:
@@ -126,7 +126,7 @@ def subdivided_stages(
     found = []
     for index, (part, layers) in enumerate(_parts(model, count)):
         if layers:
-            subdivision = subdivide(layers, decision.block_size, widest=widest)
+            subdivision = _subdivide(index, part, count, layers, decision.block_size, widest)
             groups = subdivided_groups(layers, subdivision, decision.block_size, state_block_size)
             shape, slots = subdivision.shape, subdivision.width
         else:
@@ -207,11 +207,26 @@ def whole_capacity(stages: Sequence[StagePlan]) -> Capacity | None:
     )
 
 
-def in_stage(error: CapacityError, stage: StagePlan) -> CapacityError:
+def in_stage(error: CapacityError, stage: str) -> CapacityError:
     """The error, saying which stage it comes from."""
     return CapacityError(
-        f"pipeline {stage.name}: {error.message}", option=error.option, value=error.value, expected=error.expected
+        f"pipeline {stage}: {error.message}", option=error.option, value=error.value, expected=error.expected
     )
+
+
+def _subdivide(
+    index: int, part: tuple[int, ...], count: int, layers: tuple[LayerSpec, ...], block_size: int, widest: int | None
+) -> Subdivision:
+    try:
+        return subdivide(layers, block_size, widest=widest)
+    except CapacityError as error:
+        if count == 1:
+            raise
+        raise in_stage(error, _name(index, part)) from None
+
+
+def _name(index: int, layers: tuple[int, ...]) -> str:
+    return f"stage {index} (layers {layers[0]}-{layers[-1]})"
 
 
 def _parts(model: ModelSpec, count: int) -> list[tuple[tuple[int, ...], tuple[LayerSpec, ...]]]:

@@ -113,6 +113,14 @@ def test_subdivided_blocks_hold_layers_of_several_widths(skip):
     assert planned(NANO, skip).strategy == plan.strategy
 
 
+def test_where_no_strategy_suits_both_are_named():
+    one_each = replace(read(DENSE, (0,), "nvfp4"), layers=read(DENSE, (0,), "nvfp4").layers[:4])
+    with pytest.raises(CapacityError, match="no page strategy suits: page_strategy unified .*; and page_strategy sub"):
+        planned(one_each, (0,), "nvfp4")
+    with pytest.raises(CapacityError, match=r"pipeline stage 0 \(layers 0-17\): page_strategy subdivided finds no"):
+        planned(one_each, (0,), "nvfp4", page_strategy="subdivided", pipeline_parallel_size=2)
+
+
 def test_models_of_attention_only_may_subdivide_then():
     plan = planned(DENSE, (0, 35), num_blocks=4096)
     assert plan.strategy.name == "subdivided"
