@@ -65,7 +65,7 @@ def test_list_prints_every_preset(capsys):
 def test_doctor_names_every_platform_and_what_is_not_installed(capsys):
     code, out, _ = run(capsys, "doctor")
     assert code == 0
-    for expected in ("cpu", "pip install makeready-cuda", "pip install makeready-xpu", "intel-extension-for-pytorch"):
+    for expected in ("cpu", "cuda", "pip install makeready-xpu", "intel-extension-for-pytorch"):
         assert expected in out
 
 
@@ -97,7 +97,7 @@ BAD = [
     (("plan", NANO, "--platform", "cuda", "--engine", "sglang"), ("engine", "sglang", "transformers")),
     (("plan", NANO, "--platform", "cuda", "--max-model-len", "999999999"), ("999999999", "131072")),
     (("launch", "/nowhere"), ("/nowhere",)),
-    (("launch", "--platform", "cuda"), ("cuda", "pip install makeready-cuda")),
+    (("launch", "--platform", "xpu"), ("xpu", "pip install makeready-xpu")),
     (("launch", "--platform", "tpu"), ("tpu", "cpu")),
     (("launch", "--backend", "flesh"), ("flesh", "reference")),
     (("launch", "--block-size", "100", "--backend", "flex"), ("100", "flex")),
@@ -144,7 +144,8 @@ def test_json_errors_are_json(capsys):
 
 
 def test_launch_generates_the_same_text_piped_and_as_json(capsys):
-    arguments = ("launch", "--backend", "reference", "--prompt", "The import statement", "--max-new-tokens", "12")
+    arguments = ("launch", "--platform", "cpu", "--backend", "reference", "--max-new-tokens", "12")
+    arguments += ("--prompt", "The import statement")
     code, out, _ = run(capsys, *arguments, "--dtype", "float32")
     assert code == 0
     assert "block size" in out
@@ -159,7 +160,8 @@ def test_launch_generates_the_same_text_piped_and_as_json(capsys):
 
 
 def test_several_prompts_under_few_blocks_are_all_answered(capsys):
-    arguments = ["launch", "--backend", "reference", "--num-blocks", "14", "--max-new-tokens", "20", "--json"]
+    arguments = ["launch", "--platform", "cpu", "--backend", "reference", "--num-blocks", "14"]
+    arguments += ["--max-new-tokens", "20", "--json"]
     for prompt in ("A function definition", "The import statement", "If the object is", "A generator function"):
         arguments += ["--prompt", prompt]
     code, out, _ = run(capsys, *arguments, "--dtype", "float32")

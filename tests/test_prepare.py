@@ -55,10 +55,10 @@ def test_an_engine_on_prepare_generates_the_tokens_of_stock(checkpoint, device, 
 
 @pytest.mark.parametrize("device", DEVICES)
 def test_what_is_allocated_is_what_was_planned(device):
-    ready = makeready.prepare(platform=device, num_blocks=20, backend="reference")
-    planned = makeready.plan(BUNDLED_MODEL, platform=device, num_blocks=20, backend="reference", engine="transformers")
+    ready = makeready.prepare(platform=device, num_blocks=50, backend="reference")
+    planned = makeready.plan(BUNDLED_MODEL, platform=device, num_blocks=50, backend="reference", engine="transformers")
     facts = ready.to_dict()
-    assert ready.cache.buffer.nbytes == facts["allocated_bytes"] == 20 * planned.pool_bytes_per_block
+    assert ready.cache.buffer.nbytes == facts["allocated_bytes"] == 50 * planned.pool_bytes_per_block
     assert ready.cache.buffer.device.type == device
     said = ("reasons", "refusals")
     assert {key: facts[key] for key in planned.to_dict() if key not in said} == {
@@ -66,13 +66,13 @@ def test_what_is_allocated_is_what_was_planned(device):
     }
     for layer in ready.attention:
         key, value = ready.cache.key_value(layer)
-        assert key.shape == value.shape == (20, ready.block_size, 2, 32)
+        assert key.shape == value.shape == (50, ready.block_size, 2, 32)
     json.dumps(facts)
 
 
 def test_memory_that_no_request_can_use_is_not_allocated():
-    small = makeready.prepare(max_num_seqs=1, max_model_len=128, backend="reference")
-    large = makeready.prepare(max_num_seqs=4, max_model_len=128, backend="reference")
+    small = makeready.prepare(platform="cpu", max_num_seqs=1, max_model_len=128, backend="reference")
+    large = makeready.prepare(platform="cpu", max_num_seqs=4, max_model_len=128, backend="reference")
     attention = sum(not group.is_state for group in small.groups)
     need = small.plan.strategy.shape.least_blocks
     assert small.cache.layout.num_blocks == need(1, attention)
@@ -97,7 +97,7 @@ def test_a_preset_can_be_planned_but_not_launched():
 
 def test_an_asked_backend_that_cannot_run_here_is_an_error_with_its_reasons():
     with pytest.raises(BackendError, match="'flash' was asked for.* Intel Extension for PyTorch"):
-        makeready.prepare(backend="flash")
+        makeready.prepare(platform="cpu", backend="flash")
 
 
 def test_plugins_hear_of_the_startup_and_may_constrain_the_block():

@@ -209,7 +209,7 @@ def test_prepare_refuses_more_than_one_rank(option):
 
 def test_the_command_shows_stages_and_replicas():
     arguments = ["plan", NANO, "--platform", "cuda", "--memory", "10GiB", "--pp", "2", "--dp", "2", "--tp", "2"]
-    shown = CliRunner().invoke(cli, arguments)
+    shown = CliRunner(env={"COLUMNS": "140"}).invoke(cli, arguments)
     assert shown.exit_code == 0
     assert "2 pipeline stages, 2 replicas (8 ranks in all)" in shown.output
     rows = [line.split() for line in shown.output.splitlines() if "26-51" in line or "0-25" in line]
