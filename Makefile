@@ -14,7 +14,7 @@ PIP_OPTIONS := --quiet --quiet --disable-pip-version-check $(if $(TORCH_INDEX),-
 TYPING := .cache/typing
 
 .DEFAULT_GOAL := help
-.PHONY: help launch test test-oldest test-ipex lint wheel-check clean
+.PHONY: help launch test decisions test-oldest test-ipex lint wheel-check clean
 
 help:  ## show the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -30,6 +30,9 @@ test-oldest: $(OLDEST)/.dev  ## run the engine's tests with the oldest transform
 
 test-ipex: $(IPEX)/.dev $(TYPING)/makeready  ## run the tests of Intel's extension, in an environment of its own (1 GB to fetch)
 	PYTHONPATH=$(TYPING) $(IPEX)/bin/python -m pytest $(wildcard tests/test_flash_ipex*.py) $(ARGS)
+
+decisions: $(VENV)/.dev  ## check 200,000 random decisions of the planner (2 minutes)
+	$(BIN)/python tests/check_random_decisions.py
 
 lint: $(VENV)/.dev $(TYPING)/makeready  ## ruff, mypy --strict and the import contracts
 	$(BIN)/ruff check .
