@@ -193,7 +193,8 @@ def _ranges(ids: Sequence[int]) -> str:
 def _groups(plan: Mapping[str, Any]) -> RenderableType:
     table = Table(title="groups of layers that share a block table", title_justify="left", box=None)
     for column, justify in (
-        ("group", "right"), ("kind", "left"), ("layers", "left"), ("block", "right"), ("page", "right")
+        ("group", "right"), ("kind", "left"), ("layers", "left"), ("block", "right"), ("page", "right"),
+        ("padding of a block", "right"),
     ):  # fmt: skip
         table.add_column(column, justify=justify, style=None)  # type: ignore[arg-type]
     for group in plan["groups"]:
@@ -203,6 +204,7 @@ def _groups(plan: Mapping[str, Any]) -> RenderableType:
             _ranges(group["layers"]),
             f"{group['block_size']} tokens",
             format_bytes(group["page_bytes"]),
+            format_bytes(group["padding_bytes"]),
         )
     return table
 

@@ -18,6 +18,7 @@ from .startup import BUNDLED_MODEL, prepare
 if TYPE_CHECKING:
     from .engines.transformers.engine import TransformersEngine
     from .engines.transformers.records import Completion, Output, SamplingParams
+    from .engines.transformers.records import Progress as Generated
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -85,9 +86,16 @@ def _generate(engine: TransformersEngine, launch: Launch, console: Console) -> l
     most = len(launch.prompts) * launch.params.max_new_tokens
     with _bar(console, MofNCompleteColumn()) as bar:
         task = bar.add_task("tokens", total=most)
-        completions = engine.generate(
-            launch.prompts, launch.params, lambda progress: bar.update(task, completed=progress.tokens)
-        )
+        finished = 0
+
+        def report(progress: Generated) -> None:
+            nonlocal finished
+            bar.update(task, completed=progress.tokens)
+            if progress.finished > finished and not console.is_terminal:
+                console.print(f"generating: {progress.finished} of {progress.total} prompts, {progress.tokens} tokens")
+            finished = progress.finished
+
+        completions = engine.generate(launch.prompts, launch.params, report)
     if launch.quiet:
         return completions
     for prompt, completion in zip(launch.prompts, completions, strict=True):

@@ -62,6 +62,16 @@ class StagePlan:
             return spec.page_size_bytes(group.block_size)
         return self.shape.state_page_bytes
 
+    def padding_bytes(self, group: LayerGroup) -> int:
+        """Bytes of one block id of ``group`` that its layers never use: rounded-up pages and slots without a layer."""
+        alone = group.is_state and self.page_strategy == "subdivided"
+        taken = self.shape.state_page_bytes if alone else self.shape.block_bytes
+        used = 0
+        for layer in group.layers:
+            spec = layer.spec
+            used += spec.page_size_bytes(group.block_size) if isinstance(spec, AttentionSpec) else spec.state_bytes
+        return taken - used
+
     def group_dicts(self) -> list[dict[str, object]]:
         """The groups as JSON-ready values."""
         return [
@@ -71,6 +81,7 @@ class StagePlan:
                 "layers": [layer.layer for layer in group.layers],
                 "block_size": group.block_size,
                 "page_bytes": self.id_bytes(group),
+                "padding_bytes": self.padding_bytes(group),
             }
             for group in self.groups
         ]

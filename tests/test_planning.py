@@ -260,3 +260,14 @@ def test_options_beside_a_config_are_refused_not_dropped():
 def test_numbers_that_are_none_are_refused(option, value):
     with pytest.raises(ConfigError, match=option):
         mr.EngineConfig.from_options(**{option: value})
+
+
+@pytest.mark.parametrize("strategy", ["unified", "subdivided"])
+def test_padding_of_a_group_is_what_its_layers_leave_of_a_block(strategy) -> None:
+    plan = planned(NANO, page_strategy=strategy)
+    facts = plan.to_dict()
+    used = {layer["layer"]: layer["page_bytes"] for layer in facts["layers"]}  # type: ignore[attr-defined]
+    for group in facts["groups"]:  # type: ignore[attr-defined]
+        alone = strategy == "subdivided" and group["kind"] == "mamba2"
+        whole = group["page_bytes"] if alone else plan.pool_bytes_per_block
+        assert group["padding_bytes"] == whole - sum(used[layer] for layer in group["layers"]) >= 0
