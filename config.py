@@ -15,7 +15,7 @@ MAMBA_CACHE_MODES: tuple[str, ...] = ("none", "align", "all")
 DTYPES: tuple[str, ...] = ("float32", "bfloat16", "float16")
 KV_CACHE_DTYPES: tuple[str, ...] = (
     "auto", "float32", "bfloat16", "float16", "fp8", "fp8_e4m3", "fp8_e5m2", "nvfp4",
-    "int8_per_token_head", "fp8_per_token_head", "int4_per_token_head",
+    "int8_per_token_head", "fp8_per_token_head", "int4_per_token_head", "fp8_ds_mla", "nvfp4_ds_mla",
 )  # fmt: skip
 LAYOUTS: tuple[str, ...] = ("NHD", "HND", "cross_layer_NHD", "cross_layer_HND")
 

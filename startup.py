@@ -9,6 +9,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
+from .attention_backends.host_kernels import vllm_backends
 from .attention_backends.interface import AttentionBackend, Probe
 from .config import EngineConfig
 from .device import DeviceFacts
@@ -117,7 +118,7 @@ def plan(
     config = _as_config(model, given)
     spec = _read(config, engine)
     plugins = plugins or load_plugins()
-    decided, _ = _decide(config, spec, _planned_surroundings(config, plugins))
+    decided, _ = _decide(config, spec, _planned_surroundings(config, plugins, engine))
     return decided
 
 
@@ -217,8 +218,8 @@ def _read(config: EngineConfig, engine: str) -> ModelSpec:
     )
 
 
-def _planned_surroundings(config: EngineConfig, plugins: Plugins) -> _Surroundings:
-    """A platform by name; its device is only assumed, with everything that the platform needs installed."""
+def _planned_surroundings(config: EngineConfig, plugins: Plugins, engine: str) -> _Surroundings:
+    """A platform by name; its device is only assumed, with everything that the platform and the engine need there."""
     platforms = plannable_platforms(plugins.providers)
     asked = config.device.platform
     if asked is None or asked not in platforms:
@@ -242,7 +243,7 @@ def _planned_surroundings(config: EngineConfig, plugins: Plugins) -> _Surroundin
         platform=replace(platform, backend_order=platform.planned_order),
         device=device,
         plugins=plugins,
-        backends=tuple(offer.backend for offer in offers.offered),
+        backends=(*(offer.backend for offer in offers.offered), *(vllm_backends() if engine == "vllm" else ())),
         probes=None,
         reasons=(f"platform: {platform.name}, as asked; planned without its device.",),
         refusals=tuple(problem.sentence() for problem in (*plugins.problems, *offers.problems)),

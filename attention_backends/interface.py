@@ -53,6 +53,8 @@ class Capabilities:
     sinks: bool = False
     encoder_only: bool = False
     mla: bool = False
+    mla_only: bool = False
+    """True for kernels that know latent attention and nothing else."""
     reads_unwritten_slots: bool = False
     """True if a kernel touches the unwritten tail of a block it visits: blocks are cleared at hand-out."""
     max_view_elements: int | None = None

@@ -42,6 +42,8 @@ def refusals(capabilities: Capabilities, request: LayerRequest) -> tuple[str, ..
     """What the layer asks that the capabilities do not hold: one sentence each; empty if the backend can serve."""
     if not capabilities.dtypes:
         return (f"{capabilities.name} has no kernels for this device",)
+    if capabilities.mla_only and not request.spec.mla:
+        return (f"{capabilities.name} serves latent attention (MLA) only, and the layer has heads of K and V",)
     if capabilities.is_ssm:
         return (f"{capabilities.name} is a state mixer, and the layer is attention",)
     return (

@@ -19,6 +19,9 @@ QUANTISED_KV: tuple[str, ...] = (
 )  # fmt: skip
 """KV dtypes whose pages hold scales beside the values."""
 
+LATENT_BLOBS: Mapping[str, int] = MappingProxyType({"fp8_ds_mla": 656, "nvfp4_ds_mla": 352})
+"""KV dtypes of a latent cache (MLA) that pack a token into a fixed number of bytes, scales included (vLLM 0.33)."""
+
 
 def dtype_bytes(name: str) -> int:
     """Bytes of one element of dtype ``name``.
@@ -65,6 +68,8 @@ class AttentionSpec:
     @property
     def bytes_per_token(self) -> int:
         """Bytes that one token takes in this layer (source: vLLM 0.33's page rules, see docs/planning.md)."""
+        if self.dtype in LATENT_BLOBS:
+            return LATENT_BLOBS[self.dtype]
         widths = self.num_kv_heads * (self.head_size + self.head_size_v)
         if self.dtype == "nvfp4":
             return widths // 2 + widths // 16

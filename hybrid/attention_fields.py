@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from ..cache.specs import QUANTISED_KV, AttentionSpec
+from ..cache.specs import LATENT_BLOBS, QUANTISED_KV, AttentionSpec
 from ..config import DTYPES
 from ..errors import ConfigError
 from .config_fields import ConfigFields
@@ -33,6 +33,13 @@ def attention_spec(fields: ConfigFields, family: Family, stored: str, tp: int, w
         head_dim = fields.integer("head_dim", "attention_head_dim", default=default)
     if head_dim < 1:
         raise fields.broken("hidden_size", fields.values.get("hidden_size"), f"at least the {heads} attention heads")
+    if stored in LATENT_BLOBS:
+        raise ConfigError(
+            f"kv_cache_dtype {stored} packs the latent of MLA layers; this model stores heads of K and V",
+            option="kv_cache_dtype",
+            value=stored,
+            expected=["auto", *DTYPES, "fp8", *QUANTISED_KV],
+        )
     if stored == "nvfp4" and head_dim % 16:
         raise ConfigError(
             f"kv_cache_dtype nvfp4 scales 16 values together, which head width {head_dim} is not a multiple of",
@@ -54,10 +61,11 @@ def _mla_spec(fields: ConfigFields, stored: str, heads: int) -> AttentionSpec:
     """The latent and the rotary part, whole on every rank."""
     if stored in QUANTISED_KV:
         raise ConfigError(
-            f"kv_cache_dtype {stored} is for K and V with heads; a latent cache (MLA) takes plain dtypes and fp8",
+            f"kv_cache_dtype {stored} is for K and V with heads; a latent cache (MLA) takes plain dtypes, fp8 and "
+            f"{' and '.join(LATENT_BLOBS)}",
             option="kv_cache_dtype",
             value=stored,
-            expected=["auto", *DTYPES, "fp8", "fp8_e4m3", "fp8_e5m2"],
+            expected=["auto", *DTYPES, "fp8", "fp8_e4m3", "fp8_e5m2", *LATENT_BLOBS],
         )
     return AttentionSpec(
         num_query_heads=heads,
