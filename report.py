@@ -10,6 +10,7 @@ from rich.console import Console, Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from .attention_backends.selection import number_ranges
 from .device import format_bytes
 
 PIPED_WIDTH = 140
@@ -151,7 +152,7 @@ def _stages(stages: Sequence[Mapping[str, Any]], tightest: int) -> RenderableTyp
         counts = ", ".join(f"{n} of {length}" for length, n in fits["concurrency"].items()) if fits else "-"
         table.add_row(
             f"{stage['index']}{' *' if stage['index'] == tightest else ''}",
-            _ranges(stage["layers"]),
+            number_ranges(stage["layers"]),
             stored or "nothing stored",
             format_bytes(stage["pool_bytes_per_block"]),
             str(fits["num_blocks"]) if fits else "-",
@@ -176,18 +177,7 @@ def _backends_of_layers(layers: Sequence[Mapping[str, Any]]) -> str:
             by_backend.setdefault(str(layer["backend"]), []).append(int(layer["layer"]))
     if not by_backend:
         return "no attention layers"
-    return "; ".join(f"{name} on layers {_ranges(ids)}" for name, ids in by_backend.items())
-
-
-def _ranges(ids: Sequence[int]) -> str:
-    """``[0, 1, 2, 5]`` as ``0-2, 5``."""
-    runs: list[list[int]] = []
-    for number in sorted(set(ids)):
-        if runs and number == runs[-1][-1] + 1:
-            runs[-1].append(number)
-        else:
-            runs.append([number])
-    return ", ".join(f"{run[0]}-{run[-1]}" if len(run) > 1 else str(run[0]) for run in runs)
+    return "; ".join(f"{name} on layers {number_ranges(ids)}" for name, ids in by_backend.items())
 
 
 def _groups(plan: Mapping[str, Any]) -> RenderableType:
@@ -201,7 +191,7 @@ def _groups(plan: Mapping[str, Any]) -> RenderableType:
         table.add_row(
             str(group["index"]),
             str(group["kind"]),
-            _ranges(group["layers"]),
+            number_ranges(group["layers"]),
             f"{group['block_size']} tokens",
             format_bytes(group["page_bytes"]),
             format_bytes(group["padding_bytes"]),

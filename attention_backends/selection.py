@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from ..device import DeviceFacts
 from ..errors import BackendError
@@ -36,6 +36,10 @@ class Selection:
     """Why this one, in a sentence."""
     refusals: tuple[Refusal, ...]
     """Every candidate that could not have served."""
+
+    def for_layer(self, layer: int) -> Selection:
+        """The same for another layer that asks the same."""
+        return replace(self, layer=layer, refusals=tuple(replace(refusal, layer=layer) for refusal in self.refusals))
 
 
 def refusals(capabilities: Capabilities, request: LayerRequest) -> tuple[str, ...]:
@@ -119,15 +123,19 @@ def group_refusals(selections: Iterable[Selection]) -> tuple[str, ...]:
 
 def layer_names(numbers: Iterable[int]) -> str:
     """``layer 3`` or ``layers 0-3, 7``."""
-    ordered = sorted(set(numbers))
+    distinct = set(numbers)
+    return f"layer{'s' if len(distinct) > 1 else ''} {number_ranges(distinct)}"
+
+
+def number_ranges(numbers: Iterable[int]) -> str:
+    """``[0, 1, 2, 5]`` as ``0-2, 5``."""
     runs: list[list[int]] = []
-    for number in ordered:
+    for number in sorted(set(numbers)):
         if runs and number == runs[-1][-1] + 1:
             runs[-1].append(number)
         else:
             runs.append([number])
-    text = ", ".join(str(run[0]) if len(run) == 1 else f"{run[0]}-{run[-1]}" for run in runs)
-    return f"layer{'s' if len(ordered) > 1 else ''} {text}"
+    return ", ".join(str(run[0]) if len(run) == 1 else f"{run[0]}-{run[-1]}" for run in runs)
 
 
 def _dtype_refusals(capabilities: Capabilities, request: LayerRequest) -> list[str]:
