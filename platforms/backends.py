@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from ..attention_backends.interface import AttentionBackend, Capabilities, LayerRequest, Probe
 from ..attention_backends.selection import Selection, group_refusals, layer_names, select_backend
@@ -43,10 +43,15 @@ def choose_backends(
     """
     rank = {name: position for position, name in enumerate(order)}
     candidates = sorted(backends, key=lambda backend: (rank.get(backend.name, len(rank)), backend.name))
-    selections = [
-        select_backend(request, candidates, device, asked=asked, batch_invariant=batch_invariant, probes=probes)
-        for request in requests
-    ]
+    alike: dict[LayerRequest, Selection] = {}
+    selections = []
+    for request in requests:
+        what = replace(request, layer=0)
+        if what not in alike:
+            alike[what] = select_backend(
+                request, candidates, device, asked=asked, batch_invariant=batch_invariant, probes=probes
+            )
+        selections.append(alike[what].for_layer(request.layer))
     return ModelBackends(
         by_layer={found.layer: found.backend for found in selections},
         capabilities={found.layer: found.capabilities for found in selections},
