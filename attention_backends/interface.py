@@ -144,10 +144,13 @@ class AttentionImpl(ABC):
     """A built backend. Shapes: T tokens of B requests packed in order, Hq query heads, Hk kv heads, D, Dv."""
 
     name: str
+    capturable: bool = False
+    """True if a captured step's :meth:`prepare` and :meth:`forward` may run inside a device graph: they read the
+    step's tensors, choose shapes from its host bounds alone, and never wait for the device."""
 
     @abstractmethod
     def prepare(self, step: StepMetadata) -> Any:
-        """Per-step metadata that every layer of the group shares; called once per step."""
+        """Per-step metadata that every layer of the group shares; called once per step, or once per capture."""
 
     @abstractmethod
     def forward(

@@ -25,9 +25,15 @@ class StepMetadata:
     query_lens_host: tuple[int, ...]
     """Query tokens of each request."""
     seq_lens_host: tuple[int, ...]
-    """``seq_lens`` on the host."""
+    """``seq_lens`` on the host; in a captured step an upper bound of each, which holds for every replay."""
     block_size: int
     """Tokens of a block."""
+    captured: bool = False
+    """True while a graph of the step is captured: one query token a request, and tensors that stay where they are.
+
+    Later values come in by the tensors alone. A request that only fills the batch up to its bucket has a
+    ``seq_lens`` of 0 and a slot of -1: its output rows are finite, and nothing is written for it.
+    """
 
     @property
     def num_requests(self) -> int:
