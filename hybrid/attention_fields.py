@@ -7,7 +7,7 @@ from ..config import DTYPES
 from ..errors import ConfigError
 from .config_fields import ConfigFields
 from .families import Family
-from .mixers import uneven
+from .state_shapes import uneven
 
 
 def attention_spec(fields: ConfigFields, family: Family, stored: str, tp: int, window: int | None) -> AttentionSpec:

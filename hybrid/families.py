@@ -12,7 +12,7 @@ from types import MappingProxyType
 from . import mixer_fields as read
 from .config_fields import ConfigFields
 from .layer_patterns import LayerKind, all_of, attention_at, every
-from .mixers import Mixer
+from .state_shapes import Mixer
 
 _S, _A, _W, _B, _BW, _N = LayerKind
 Layers = Callable[[ConfigFields], tuple[LayerKind, ...]]

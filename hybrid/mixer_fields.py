@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from .config_fields import ConfigFields
-from .mixers import GatedDeltaNet, KimiDelta, Lightning, Mamba1, Mamba2, ShortConv, Zaya
+from .state_shapes import GatedDeltaNet, KimiDelta, Lightning, Mamba1, Mamba2, ShortConv, Zaya
 
 EXPAND = ("expand", "mamba_expand")
 KERNEL = ("conv_kernel", "mamba_d_conv")

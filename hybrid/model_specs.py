@@ -21,9 +21,9 @@ from .attention_fields import attention_spec
 from .config_fields import ConfigFields, load_config
 from .families import FAMILIES, REFUSED, Family
 from .layer_patterns import LayerKind, explicit_layers
-from .mixers import Rank
 from .presets import preset
 from .state_fields import state_spec
+from .state_shapes import Rank
 from .weight_files import weights_bytes
 
 ENGINES = ("vllm", "transformers")

@@ -7,7 +7,7 @@ from ..config import DTYPES
 from ..errors import ConfigError
 from .config_fields import ConfigFields
 from .families import Family
-from .mixers import Rank
+from .state_shapes import Rank
 
 
 def state_spec(
