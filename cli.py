@@ -1,4 +1,4 @@
-"""The command ``makeready``: launch, plan, doctor. Bad input ends with exit code 2 and a sentence, no traceback."""
+"""The command ``makeready``: launch, plan, doctor, bench. Bad input ends with exit code 2 and a sentence."""
 
 from __future__ import annotations
 
@@ -101,6 +101,7 @@ def cli() -> None:
     makeready launch                      run the small hybrid model that comes with the package
     makeready plan MODEL --platform xpu   decide without the device
     makeready doctor                      what is installed, probed, chosen or refused, and why
+    makeready bench                       measure: kernels beside installed peers, start-up, waste
     """
 
 
@@ -238,6 +239,46 @@ def doctor(as_json: bool) -> None:
     from .report import doctor_summary, make_console
 
     make_console().print(doctor_summary(report))
+
+
+class _Benchmarks(click.Group):
+    """Each module of makeready.benchmarks is a command; its own options are behind ``NAME --help``."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        from .benchmarks.catalogue import benchmarks
+
+        return list(benchmarks())
+
+    def get_command(self, ctx: click.Context, name: str) -> click.Command | None:
+        from .benchmarks.catalogue import benchmarks
+
+        found = benchmarks().get(name)
+        if found is None:
+            return None
+
+        def measure(arguments: tuple[str, ...]) -> None:
+            sys.exit(found.load()(arguments))
+
+        return click.Command(
+            name,
+            callback=measure,
+            help=found.summary,
+            params=[click.Argument(["arguments"], nargs=-1, type=click.UNPROCESSED)],
+            context_settings={"ignore_unknown_options": True, "help_option_names": []},
+        )
+
+
+@cli.group(cls=_Benchmarks)
+def bench() -> None:
+    """Measure on this machine, each figure with its correctness beside it and the peers in the same run.
+
+    Every benchmark has --json, --out FILE and a --help that says what it measures and against what.
+
+    \b
+    makeready bench attention --backend flash --peer fa3=/path/to/peers
+    makeready bench cold-start --runs 15 --json
+    makeready bench waste --markdown
+    """
 
 
 def _compare(model: str, options: dict[str, Any], axes: tuple[str, ...], picture: str | None, as_json: bool) -> None:

@@ -1,4 +1,4 @@
-"""Wall time of whole commands, cold: `python benchmarks/cold_start.py [--runs N] [--json]`.
+"""Wall time of whole commands, cold, and of a decision once everything is imported.
 
 Each run is a new process, imports included, of the interpreter that runs this file; correctness is checked beside
 every time. `makeready plan` has to answer in under 0.5 s on 2 cores, and a decision in under 5 ms once imported.
@@ -14,8 +14,11 @@ import statistics
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
+from typing import Any
 
 import makeready
+from makeready.benchmarks.harness import run_main
 from makeready.hybrid.presets import preset_names
 from makeready.plugins.manager import load_plugins
 
@@ -52,14 +55,16 @@ def decision_ms() -> list[float]:
     return found
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        prog="makeready bench cold-start", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--runs", type=int, default=15, help="processes per command")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
-    options = parser.parse_args()
+    options = parser.parse_args(arguments)
     times = {name: timed(arguments, options.runs) for name, arguments in COMMANDS.items()}
     decisions = decision_ms()
-    result = {
+    result: dict[str, Any] = {
         "machine": f"{os.cpu_count()} cores, {platform.machine()}, Python {platform.python_version()}",
         "makeready": makeready.__version__,
         "seconds": {
@@ -70,12 +75,13 @@ def main() -> None:
     }
     if options.json:
         print(json.dumps(result, indent=2))
-        return
+        return 0
     for name, figures in result["seconds"].items():
         print(f"{name:24} {figures['min']:.3f} / {figures['median']:.3f} / {figures['max']:.3f} s (min / median / max)")
     calls = result["plan_call_ms"]
     print(f"makeready.plan, imported: {calls['median']:.2f} ms median, {calls['max']:.2f} ms at most")
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    run_main(main)

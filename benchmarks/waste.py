@@ -1,6 +1,6 @@
 """Counts what the cache of every hybrid preset wastes on four request mixes, with both page strategies.
 
-``python benchmarks/waste.py`` prints a table, ``--markdown`` the page docs/waste.md, ``--json`` every number.
+``makeready bench waste`` prints a table, ``--markdown`` the page docs/waste.md, ``--json`` every number.
 All come from blocks that makeready's own pool really handed out; no memory is allocated and nothing is written.
 
 Waste is (allocated - needed) / allocated over a snapshot of live requests. Needed: length x attention layers x bytes
@@ -13,12 +13,12 @@ import argparse
 import json
 import math
 import random
-import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from statistics import median
 
 from makeready.attention_backends.interface import Capabilities
+from makeready.benchmarks.harness import run_main
 from makeready.cache.capacity import Holding, PoolShape
 from makeready.cache.group_pool import GroupPool, make_pool
 from makeready.cache.specs import AttentionSpec, LayerGroup, MambaSpec
@@ -184,7 +184,7 @@ def to_markdown(results: Mapping[str, Mapping[str, Mapping[str, Waste]]]) -> str
     """The page docs/waste.md."""
     return f"""# What the cache wastes
 
-This page is the output of `python benchmarks/waste.py --markdown`. It counts the blocks that makeready's own pool hands
+This page is the output of `makeready bench waste --markdown`. It counts the blocks that makeready's own pool hands
 out, for the {len(results)} hybrid presets on one rank, with K and V in bfloat16, states as vLLM keeps them, and kernels
 that take blocks of any multiple of 16 tokens.
 
@@ -229,8 +229,10 @@ def print_tables(results: Mapping[str, Mapping[str, Mapping[str, Waste]]]) -> No
     console.print(MIXES)
 
 
-def main(arguments: Sequence[str]) -> int:
-    parser = argparse.ArgumentParser(description="What the cache of every hybrid preset wastes on four request mixes.")
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        prog="makeready bench waste", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     form = parser.add_mutually_exclusive_group()
     form.add_argument("--json", action="store_true", help="print every number")
     form.add_argument("--markdown", action="store_true", help="print the page docs/waste.md")
@@ -246,4 +248,4 @@ def main(arguments: Sequence[str]) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    run_main(main)

@@ -7,7 +7,7 @@ import tomllib
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-NOT_PACKAGED = {"tests", "benchmarks", "docs", "build", "dist"}
+NOT_PACKAGED = {"tests", "docs", "build", "dist"}
 
 
 def project(folder: Path = ROOT) -> dict:

@@ -1,4 +1,4 @@
-"""Planning needs no torch and no transformers (how fast it starts: benchmarks/cold_start.py)."""
+"""Planning needs no torch and no transformers (how fast it starts: makeready bench cold-start)."""
 
 from __future__ import annotations
 
