@@ -18,10 +18,10 @@ from ..hybrid.model_specs import ModelSpec
 from .budget import cache_budget, holding_of, served_max_model_len, with_capacities
 from .decision import BlockSizeDecision, BlockSizeRequest
 from .interface import Platform
-from .page_strategies import choose_strategy
 from .plan import Plan, PlannedLayer
 from .sizes import sizes_of
 from .stages import StagePlan, state_bytes, tightest, whole_capacity
+from .strategy_choice import choose_strategy
 
 __all__ = ["Plan", "block_size_request", "plan_model", "with_num_blocks", "without_idle_blocks"]
 
