@@ -126,6 +126,14 @@ def cli() -> None:
     default=None,
     help="Count for an engine that returns blocks which have left a sliding window.",
 )
+@click.option(
+    "--use-replayssm",
+    is_flag=True,
+    default=None,
+    help="Count the rings of recent inputs that vLLM's ReplaySSM keeps beside every mamba2 state.",
+)
+@click.option("--replayssm-buffer-len", type=int, help="Tokens of history in a ReplaySSM ring; 16 by default.")
+@click.option("--mamba-backend", help="Whose kernels read ReplaySSM rings: triton (default) or flashinfer.")
 @click.option("--explain", is_flag=True, help="Add the reason of every decision.")
 @click.option(
     "--compare",

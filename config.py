@@ -11,6 +11,7 @@ from .errors import ConfigError
 
 MambaCacheMode = Literal["none", "align", "all"]
 PAGE_STRATEGIES: tuple[str, ...] = ("unified", "subdivided")
+MAMBA_BACKENDS: tuple[str, ...] = ("triton", "flashinfer")
 MAMBA_CACHE_MODES: tuple[str, ...] = ("none", "align", "all")
 DTYPES: tuple[str, ...] = ("float32", "bfloat16", "float16")
 KV_CACHE_DTYPES: tuple[str, ...] = (
@@ -69,6 +70,13 @@ class CacheConfig:
     )
     mamba_cache_dtype: str = setting("auto", "dtype of convolution states; auto takes the model's")
     mamba_ssm_cache_dtype: str = setting("auto", "dtype of recurrent states; auto asks the family's rule")
+    use_replayssm: bool = setting(
+        False, "count vLLM's ReplaySSM: rings of recent inputs in every mamba2 state page (nemotron_h)"
+    )
+    replayssm_buffer_len: int = setting(16, "history of a ReplaySSM ring; flashinfer takes 16 at most", "tokens")
+    mamba_backend: str = setting(
+        "triton", "whose mamba2 kernels read ReplaySSM rings: triton, or flashinfer, whose rings are longer"
+    )
     mamba_prefill_checkpoint_alignment: int | None = setting(
         None, "where prefill kernels can keep a state (align, all): blocks become a multiple of it", "tokens"
     )
@@ -165,6 +173,7 @@ class EngineConfig:
             ("block_size", cache.block_size),
             ("mamba_block_size", cache.mamba_block_size),
             ("mamba_prefill_checkpoint_alignment", cache.mamba_prefill_checkpoint_alignment),
+            ("replayssm_buffer_len", cache.replayssm_buffer_len),
             ("num_blocks", cache.num_blocks),
             ("memory_bytes", cache.memory_bytes),
             ("device_memory_bytes", self.device.device_memory_bytes),
@@ -181,6 +190,7 @@ class EngineConfig:
         _require_one_of("page_strategy", cache.page_strategy, ("auto", *PAGE_STRATEGIES))
         _require_one_of("layout", cache.layout, ("auto", *LAYOUTS))
         _require_one_of("mamba_cache_mode", cache.mamba_cache_mode, MAMBA_CACHE_MODES)
+        _require_one_of("mamba_backend", cache.mamba_backend, MAMBA_BACKENDS)
         _require_one_of("mamba_cache_dtype", cache.mamba_cache_dtype, ("auto", *DTYPES))
         _require_one_of("mamba_ssm_cache_dtype", cache.mamba_ssm_cache_dtype, ("auto", *DTYPES))
         for option, value in (

@@ -16,6 +16,7 @@ from .device import DeviceFacts
 from .engines.checkpoint import require_checkpoint
 from .errors import ConfigError, PlatformError, PluginError
 from .hybrid.model_specs import ModelSpec, read_model
+from .hybrid.replay_rings import Replay
 from .platforms.backends import choose_backends
 from .platforms.interface import Platform
 from .platforms.known import plannable_platforms
@@ -214,7 +215,19 @@ def _read(config: EngineConfig, engine: str) -> ModelSpec:
         mamba_cache_dtype=cache.mamba_cache_dtype,
         mamba_ssm_cache_dtype=cache.mamba_ssm_cache_dtype,
         num_speculative_tokens=config.scheduler.num_speculative_tokens,
+        replay=_replay(config),
         dtype=config.model.dtype,
+    )
+
+
+def _replay(config: EngineConfig) -> Replay | None:
+    cache = config.cache
+    if not cache.use_replayssm:
+        return None
+    return Replay(
+        buffer_len=cache.replayssm_buffer_len,
+        backend=cache.mamba_backend,
+        mamba_cache_mode=cache.mamba_cache_mode,
     )
 
 

@@ -41,6 +41,8 @@ class Family:
     """True if ``mamba_cache_dtype`` rules the recurrent state too and ``mamba_ssm_cache_dtype`` has no say."""
     native_state_dtype: bool = False
     """True if transformers keeps the recurrent state in the model's dtype instead of float32."""
+    replay: bool = False
+    """True if vLLM can keep rings of recent inputs beside the state (ReplaySSM)."""
     sinks: bool = False
     note: str = ""
     """What a plan for this family should say of its numbers."""
@@ -191,7 +193,7 @@ def _families() -> dict[str, Family]:
     pure_mamba1 = Family(mixer=read.pure_mamba1, default_layers=states, fixed_layers=True)
     return {
         "nemotron_h": Family(mixer=read.mamba2, default_layers=listed, ssm_dtype_field="mamba_ssm_cache_dtype",
-                             ssm_dtype="float32"),
+                             ssm_dtype="float32", replay=True),
         "bamba": Family(mixer=read.mamba2, default_layers=bamba_layers),
         "granitemoehybrid": Family(mixer=read.mamba2, default_layers=listed),
         "falcon_h1": Family(mixer=read.mamba2, default_layers=both, fixed_layers=True),

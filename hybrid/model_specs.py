@@ -22,6 +22,7 @@ from .config_fields import ConfigFields, load_config
 from .families import FAMILIES, REFUSED, Family
 from .layer_patterns import LayerKind, explicit_layers
 from .presets import preset
+from .replay_rings import Replay, without_states
 from .state_fields import state_spec
 from .state_shapes import Rank
 from .weight_files import weights_bytes
@@ -95,6 +96,7 @@ def read_model(
     mamba_cache_dtype: str = "auto",
     mamba_ssm_cache_dtype: str = "auto",
     num_speculative_tokens: int = 0,
+    replay: Replay | None = None,
     dtype: str = "auto",
     name: str | None = None,
 ) -> ModelSpec:
@@ -102,6 +104,7 @@ def read_model(
 
     :param engine: whose state shapes and dtypes: ``vllm`` or ``transformers``.
     :param kv_cache_dtype_skip_layers: attention layers whose K and V stay in the model's dtype.
+    :param replay: rings of recent inputs beside mamba2 states (vLLM's ReplaySSM); ``None`` for none.
     :param name: what to call a model given as a dict.
     :raises ModelConfigError: if the file or a field is missing or broken.
     :raises UnsupportedModelError: for an unknown family, or one that cannot be split over the ranks.
@@ -128,7 +131,9 @@ def read_model(
     unquantised = _attention_specs(fields, family, layers, model_dtype, tensor_parallel_size) if skipped else attention
     state = None
     if family.mixer is not None:
-        state = state_spec(fields, family, rank, model_dtype, mamba_cache_dtype, mamba_ssm_cache_dtype)
+        state = state_spec(fields, family, rank, model_dtype, mamba_cache_dtype, mamba_ssm_cache_dtype, replay)
+    elif replay is not None:
+        raise without_states(model_type)
     return ModelSpec(
         name=name or _name(model, fields),
         model_type=model_type,

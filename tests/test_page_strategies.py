@@ -109,7 +109,7 @@ def test_reach_counts_the_pool_that_is_left_once_idle_blocks_are_trimmed():
     spec = read_model(NANO)
     short = {layer.layer: replace(KERNELS, max_view_elements=2**31 - 1) for layer in spec.attention_layers}
     large = {"device_memory_bytes": 139 << 30, "max_num_seqs": 8}
-    for length, strategy in ((8192, "subdivided"), (262144, "unified")):
+    for length, strategy in ((8192, "subdivided"), (131072, "unified")):
         config = EngineConfig.from_options(**large, max_model_len=length)
         plan = plan_model(spec, CUDA, short, config)
         assert plan.strategy.name == strategy
