@@ -98,7 +98,7 @@ def plan_unified(model: ModelSpec, request: BlockSizeRequest, decide: Decide, co
     :raises CapacityError: if layers of several KV dtypes would leave more than half of the attention pages empty.
     """
     decision = decide(replace(request, page_strategy="unified"))
-    padded, warnings = padded_attention(model, decision)
+    padded, warnings = ((), ()) if decision.block_sizes else padded_attention(model, decision)
     stages = unified_stages(
         model, decision, config.parallel.pipeline_parallel_size, decision.mamba_block_size or request.max_model_len
     )

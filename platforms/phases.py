@@ -1,4 +1,4 @@
-"""Phase 1 and phase 2: from a request to the one KV block size that every kernel and state can live with.
+"""Phases 1 to 3: from a request to the one KV block size that every kernel and state can live with.
 
 Pure functions of frozen records; :class:`~makeready.platforms.interface.Platform` is the door.
 """
@@ -10,6 +10,7 @@ from types import MappingProxyType
 
 from ..attention_backends.interface import Capabilities
 from ..cache.block_size import (
+    AtLeastPage,
     Constraint,
     Divides,
     MultipleOf,
@@ -20,10 +21,12 @@ from ..cache.block_size import (
     smallest_accepted,
     solve,
 )
+from ..cache.specs import AttentionSpec
 from ..errors import BlockSizeError, ConfigError
 from ..hybrid.page_alignment import (
     Pages,
     alignment_preferences,
+    bytes_per_token,
     largest_state,
     separate_pages,
     state_constraints,
@@ -31,6 +34,7 @@ from ..hybrid.page_alignment import (
 )
 from .decision import BlockSizeDecision, BlockSizeRequest
 from .kernel_blocks import kernel_block_size, kernel_constraints, preferred_block_size
+from .mixed_blocks import covering_rule, has_packed_latents, mixed_blocks, phase3_applies, quantised
 
 MAMBA_BLOCK_SIZE = "mamba_block_size"
 """Owner of the constraint that the user's ``mamba_block_size`` makes."""
@@ -39,7 +43,7 @@ MAMBA_BLOCK_SIZE = "mamba_block_size"
 def decide(
     request: BlockSizeRequest, *, platform: str, default_block_size: int, declared: Sequence[Constraint] = ()
 ) -> BlockSizeDecision:
-    """Phase 1, then phase 2.
+    """Phase 1, then phase 2, then phase 3 where layers of several KV dtypes get blocks of their own length.
 
     :param declared: constraints that the platform adds for the kinds of states in the request.
     :raises BlockSizeError: naming the owners that clash, or the user's size and the nearest that work.
@@ -49,14 +53,21 @@ def decide(
     backends = _distinct(request.backends)
     reasons: list[str] = []
     kernels = checked([*kernel_constraints(backends), *declared, *request.extra_constraints])
+    covering = covering_rule(request, backends) if phase3_applies(request) else None
     hard = checked([*kernels, *_phase2_constraints(request)])
     _check_mamba_block_size(request, hard)
     if request.block_size is not None:
-        check(request.block_size, hard)
+        check(request.block_size, [*hard, *([covering] if covering else [])])
     phase1 = _phase1(request, backends, kernels, platform, default_block_size, reasons)
-    block_size = _phase2(request, phase1, hard, reasons)
+    block_size = checkpoint = _phase2(request, phase1, hard, reasons)
+    block_sizes, own_pages = MappingProxyType[AttentionSpec, int]({}), False
     if _subdivides(request):
         pages = separate_pages(request.attention, request.states, block_size)
+    elif covering is not None or has_packed_latents(request):
+        if covering is not None:
+            block_size = _phase3(block_size, hard, covering, reasons)
+            hard = checked([*hard, covering])
+        pages, block_sizes, own_pages = _mixed_pages(request, backends, block_size, reasons)
     else:
         pages = unified_pages(request.attention, request.states, block_size)
         _explain_pages(request, pages, block_size, reasons)
@@ -68,13 +79,15 @@ def decide(
         state_raw_bytes=pages.state_raw_bytes,
         state_page_bytes=pages.state_page_bytes,
         mamba_page_size_padded=pages.mamba_page_size_padded,
-        mamba_block_size=_mamba_block_size(request, block_size, reasons),
+        mamba_block_size=_mamba_block_size(request, checkpoint, reasons),
         mamba_cache_mode=request.mamba_cache_mode,
         phase1_block_size=phase1,
         page_bytes=pages.page_bytes,
         page_strategy=request.page_strategy,
         constraints=hard,
         reasons=tuple(reasons),
+        block_sizes=block_sizes,
+        own_pages=own_pages,
     )
 
 
@@ -111,7 +124,7 @@ def _phase1(
 
 def _phase2_constraints(request: BlockSizeRequest) -> tuple[Constraint, ...]:
     """What states ask for, hard."""
-    rules = [] if _subdivides(request) else [*state_constraints(request.attention, request.states)]
+    rules = [] if _subdivides(request) else [*state_constraints(quantised(request), request.states)]
     if not request.states or request.mamba_cache_mode == "none":
         return tuple(rules)
     if request.prefill_checkpoint_alignment is not None:
@@ -147,6 +160,50 @@ def _phase2(request: BlockSizeRequest, phase1: int, hard: tuple[Constraint, ...]
         free = "pages are subdivided, so that no block has to hold a state; " if _subdivides(request) else ""
         reasons.append(f"phase 2: {free}{rules}; the smallest block that suits all is {size}.")
     return size
+
+
+def _phase3(size: int, hard: tuple[Constraint, ...], covering: AtLeastPage, reasons: list[str]) -> int:
+    """The block of phase 2, as many times as the rule asks.
+
+    :raises BlockSizeError: if no multiple suits all, naming the owners.
+    """
+    rules = [*hard, covering]
+    grown = smallest_accepted(checked([*rules, MultipleOf(size, owner="the phase 2 block size")]), size)
+    if grown is None:
+        grown = solve(rules)
+    said = f"stays {grown}" if grown == size else f"grows from {size} to {grown}"
+    reasons.append(f"phase 3: {covering.owner} needs {covering.describe()}; the block {said}.")
+    return grown
+
+
+def _mixed_pages(
+    request: BlockSizeRequest, backends: Sequence[Capabilities], block_size: int, reasons: list[str]
+) -> tuple[Pages, MappingProxyType[AttentionSpec, int], bool]:
+    """One page for layers of several KV dtypes and for states, and each kind's block."""
+    state = largest_state(request.states)
+    raw = state.state_bytes if state is not None else 0
+    mixed = mixed_blocks(request, backends, block_size, raw)
+    reasons += mixed.reasons
+    pages = Pages(
+        attention_bytes_per_token=bytes_per_token(request.attention),
+        attention_page_bytes=mixed.page_bytes,
+        state_raw_bytes=raw,
+        state_page_bytes=mixed.page_bytes if raw else 0,
+        page_bytes=mixed.page_bytes,
+        mamba_page_size_padded=mixed.page_bytes if raw and raw != mixed.page_bytes else None,
+    )
+    _explain_padding(request, pages, reasons)
+    return pages, MappingProxyType(dict(mixed.block_sizes)), mixed.own_pages
+
+
+def _explain_padding(request: BlockSizeRequest, pages: Pages, reasons: list[str]) -> None:
+    state = largest_state(request.states)
+    if state is not None and pages.mamba_page_size_padded is not None:
+        padding = pages.page_bytes - pages.state_raw_bytes
+        reasons.append(
+            f"pages: the {state.kind} state of {pages.state_raw_bytes} bytes is padded by {padding} "
+            f"({100 * padding / pages.state_raw_bytes:.2f} %)."
+        )
 
 
 def _check_mamba_block_size(request: BlockSizeRequest, hard: tuple[Constraint, ...]) -> None:

@@ -10,7 +10,7 @@ from types import MappingProxyType
 from ..attention_backends.interface import Capabilities
 from ..cache.block_size import Constraint, MultipleOf
 from ..cache.capacity import useful_blocks
-from ..cache.specs import AttentionSpec, LayerSpec, MambaSpec
+from ..cache.specs import LATENT_BLOBS, AttentionSpec, LayerSpec, MambaSpec
 from ..config import EngineConfig
 from ..device import DeviceFacts, format_bytes
 from ..errors import BackendError, ConfigError
@@ -52,6 +52,7 @@ def block_size_request(
         max_model_len=_asked_max_model_len(model, config),
         prefill_checkpoint_alignment=cache.mamba_prefill_checkpoint_alignment,
         state_tokens=_state_tokens(model),
+        quantised_dtype=_quantised_dtype(model),
         extra_constraints=(*extra_constraints, *_setting_constraints(backends, config)),
     )
 
@@ -240,6 +241,19 @@ def _asked_max_model_len(model: ModelSpec, config: EngineConfig) -> int:
     return asked
 
 
+def _quantised_dtype(model: ModelSpec) -> str | None:
+    """What vLLM sizes blocks for, where skipped layers or packed latents have other pages than that.
+
+    The embedded engine pads pages instead, and so does a plan for layers that no setting of vLLM's gives.
+    """
+    stored = {spec.dtype for spec in _attention(model.layers)}
+    differ = stored - {model.kv_cache_dtype}
+    heads = {(x.num_kv_heads, x.head_size, x.head_size_v, x.mla) for x in _attention(model.layers)}
+    if model.engine != "vllm" or len(heads) != 1 or not (differ == {model.dtype} or stored & LATENT_BLOBS.keys()):
+        return None
+    return model.kv_cache_dtype
+
+
 def _state_tokens(model: ModelSpec) -> int:
     kinds = Counter(_attention(model.layers))
     per_token = sum(count * spec.bytes_per_token for spec, count in kinds.items())
@@ -255,7 +269,7 @@ def _planned(layer: LayerSpec, backends: Mapping[int, Capabilities], decision: B
         layer=layer.layer,
         kind=layer.kind,
         backend=backends[layer.layer].name,
-        page_bytes=layer.spec.page_size_bytes(decision.block_size),
+        page_bytes=layer.spec.page_size_bytes(decision.block_size_of(layer.spec)),
         kv_cache_dtype=layer.spec.dtype,
     )
 

@@ -13,7 +13,7 @@ from ..cache.specs import AttentionSpec, LayerGroup, LayerSpec
 from ..cache.subdivided_layout import SubdividedLayout
 from ..config import LAYOUTS, EngineConfig
 from ..device import DeviceFacts, format_bytes
-from ..errors import BackendError, CapacityError
+from ..errors import BackendError, CapacityError, ConfigError
 from .address_range import shortest_reach
 from .orders import common_order
 from .plan import Plan
@@ -154,6 +154,14 @@ def stage_layout(stage: StagePlan, block_size: int, order: str, num_blocks: int)
     if stage.page_strategy == "subdivided":
         return SubdividedLayout(
             order=order, num_blocks=num_blocks, block_size=block_size, shape=stage.shape, groups=stage.groups
+        )
+    if stage.slots_per_block * stage.page_bytes != stage.shape.block_bytes:
+        raise ConfigError(
+            f"{stage.name} has layers of several page sizes in one block, as vLLM lays them out itself; page_strategy "
+            "subdivided lays them out here",
+            option="page_strategy",
+            value=stage.page_strategy,
+            expected="subdivided",
         )
     return CacheLayout(
         order=order,
