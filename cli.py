@@ -126,6 +126,7 @@ def cli() -> None:
     default=None,
     help="Count for an engine that returns blocks which have left a sliding window.",
 )
+@click.option("--mla-page-alignment", type=int, help="Bytes that pages of latents (MLA) are a multiple of.")
 @click.option(
     "--use-replayssm",
     is_flag=True,

@@ -80,6 +80,14 @@ class CacheConfig:
     mamba_prefill_checkpoint_alignment: int | None = setting(
         None, "where prefill kernels can keep a state (align, all): blocks become a multiple of it", "tokens"
     )
+    mla_page_alignment: int | None = setting(
+        None, "pages of latents (MLA) are a multiple of this; vLLM's DeepSeek-V4 kernels: 576 packed, else 512", "bytes"
+    )
+    extra_retained_tokens: int = setting(
+        0,
+        "tokens below a sliding window whose blocks stay, with free_out_of_window (multi-module MTP: drafts - 1)",
+        "tokens",
+    )
     free_out_of_window: bool = setting(
         False, "count for an engine that returns blocks which have left a sliding window while a request runs"
     )
@@ -174,6 +182,7 @@ class EngineConfig:
             ("mamba_block_size", cache.mamba_block_size),
             ("mamba_prefill_checkpoint_alignment", cache.mamba_prefill_checkpoint_alignment),
             ("replayssm_buffer_len", cache.replayssm_buffer_len),
+            ("mla_page_alignment", cache.mla_page_alignment),
             ("num_blocks", cache.num_blocks),
             ("memory_bytes", cache.memory_bytes),
             ("device_memory_bytes", self.device.device_memory_bytes),
@@ -195,6 +204,7 @@ class EngineConfig:
         _require_one_of("mamba_ssm_cache_dtype", cache.mamba_ssm_cache_dtype, ("auto", *DTYPES))
         for option, value in (
             ("num_speculative_tokens", scheduler.num_speculative_tokens),
+            ("extra_retained_tokens", cache.extra_retained_tokens),
             ("device_index", self.device.device_index),
             ("seed", self.model.seed),
         ):

@@ -216,6 +216,7 @@ def _read(config: EngineConfig, engine: str) -> ModelSpec:
         mamba_ssm_cache_dtype=cache.mamba_ssm_cache_dtype,
         num_speculative_tokens=config.scheduler.num_speculative_tokens,
         replay=_replay(config),
+        mla_page_alignment=cache.mla_page_alignment,
         dtype=config.model.dtype,
     )
 

@@ -87,6 +87,8 @@ class AttentionBackend(ABC):
     """A way to compute attention. Stateless: what it decides follows from its arguments."""
 
     name: str
+    last_choice: bool = False
+    """True if automatic choice tries it after all others: kernels of few devices."""
 
     @abstractmethod
     def capabilities(self, device: DeviceFacts) -> Capabilities:

@@ -234,6 +234,9 @@ FAMILIES: Mapping[str, Family] = MappingProxyType(_families())
 """Every ``model_type`` that can be planned."""
 
 REFUSED: Mapping[str, str] = MappingProxyType({
+    "deepseek_v4": "each of its layers stores a window of latents, latents of 4 or 128 tokens each, their index and "
+    "what compresses them, in blocks of several lengths that vLLM packs by rules of their own; of those only the "
+    "alignment of its pages can be planned (mla_page_alignment)",
     "recurrent_gemma": "its recurrent state lives inside the module and not in the cache, so that no paged cache "
     "can hold it per request",
 })  # fmt: skip

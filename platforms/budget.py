@@ -26,6 +26,7 @@ def holding_of(config: EngineConfig) -> Holding:
         mamba_cache_mode=config.cache.mamba_cache_mode,
         frees_out_of_window=freeing,
         in_flight=config.scheduler.max_num_batched_tokens if freeing else 0,
+        retained=config.cache.extra_retained_tokens,
         draft_states=0 if config.cache.use_replayssm else config.scheduler.num_speculative_tokens,
     )
 

@@ -14,7 +14,6 @@ from ..cache.block_size import (
     Constraint,
     Divides,
     MultipleOf,
-    OneOf,
     check,
     checked,
     largest_accepted,
@@ -22,7 +21,6 @@ from ..cache.block_size import (
     solve,
 )
 from ..cache.specs import AttentionSpec
-from ..errors import BlockSizeError, ConfigError
 from ..hybrid.page_alignment import (
     Pages,
     alignment_preferences,
@@ -33,11 +31,9 @@ from ..hybrid.page_alignment import (
     unified_pages,
 )
 from .decision import BlockSizeDecision, BlockSizeRequest
+from .kept_states import MAMBA_BLOCK_SIZE, check_mamba_block_size, kept_every, require_kept_states
 from .kernel_blocks import kernel_block_size, kernel_constraints, preferred_block_size
 from .mixed_blocks import covering_rule, has_packed_latents, mixed_blocks, phase3_applies, quantised
-
-MAMBA_BLOCK_SIZE = "mamba_block_size"
-"""Owner of the constraint that the user's ``mamba_block_size`` makes."""
 
 
 def decide(
@@ -49,13 +45,13 @@ def decide(
     :raises BlockSizeError: naming the owners that clash, or the user's size and the nearest that work.
     :raises ConfigError: for a ``mamba_block_size`` where no states are kept.
     """
-    _check_mamba_block_size_applies(request)
+    require_kept_states(request)
     backends = _distinct(request.backends)
     reasons: list[str] = []
     kernels = checked([*kernel_constraints(backends), *declared, *request.extra_constraints])
     covering = covering_rule(request, backends) if phase3_applies(request) else None
     hard = checked([*kernels, *_phase2_constraints(request)])
-    _check_mamba_block_size(request, hard)
+    check_mamba_block_size(request, hard)
     if request.block_size is not None:
         check(request.block_size, [*hard, *([covering] if covering else [])])
     phase1 = _phase1(request, backends, kernels, platform, default_block_size, reasons)
@@ -79,7 +75,7 @@ def decide(
         state_raw_bytes=pages.state_raw_bytes,
         state_page_bytes=pages.state_page_bytes,
         mamba_page_size_padded=pages.mamba_page_size_padded,
-        mamba_block_size=_mamba_block_size(request, checkpoint, reasons),
+        mamba_block_size=kept_every(request, checkpoint, reasons),
         mamba_cache_mode=request.mamba_cache_mode,
         phase1_block_size=phase1,
         page_bytes=pages.page_bytes,
@@ -204,72 +200,6 @@ def _explain_padding(request: BlockSizeRequest, pages: Pages, reasons: list[str]
             f"pages: the {state.kind} state of {pages.state_raw_bytes} bytes is padded by {padding} "
             f"({100 * padding / pages.state_raw_bytes:.2f} %)."
         )
-
-
-def _check_mamba_block_size(request: BlockSizeRequest, hard: tuple[Constraint, ...]) -> None:
-    """Refuse a mamba_block_size that no block divides, with the nearest values that work."""
-    if request.mamba_block_size is None or smallest_accepted(hard, 1) is not None:
-        return
-    others = tuple(rule for rule in hard if rule.owner != MAMBA_BLOCK_SIZE)
-    least = solve(others)
-    wanted = request.mamba_block_size
-    finite = [rule for rule in others if isinstance(rule, OneOf)]
-    if finite:
-        values = tuple(sorted({m for n in finite[0].sizes for m in (wanted // n * n, -(-wanted // n) * n) if m}))
-    else:
-        values = tuple(n for n in (largest_accepted(others, wanted), smallest_accepted(others, wanted)) if n)
-    said = "; ".join(f"{rule.owner} needs {rule.describe()}" for rule in others)
-    noun = "value that works is" if len(values) == 1 else "values that work are"
-    raise BlockSizeError(
-        f"mamba_block_size {wanted} is refused: it has to be a whole number of blocks, and the smallest block is "
-        f"{least} ({said}); the nearest {noun} {' and '.join(map(str, values))}",
-        option="mamba_block_size",
-        value=wanted,
-        expected=values,
-    )
-
-
-def _check_mamba_block_size_applies(request: BlockSizeRequest) -> None:
-    if request.mamba_block_size is None:
-        return
-    if not request.states:
-        why = "the model has no state layers"
-    elif request.mamba_cache_mode == "none":
-        why = "mamba_cache_mode none keeps one state per request and none at block boundaries"
-    else:
-        return
-    raise ConfigError(
-        f"mamba_block_size {request.mamba_block_size} is refused: {why}; leave it out, or use mamba_cache_mode "
-        "align or all with a model that has states",
-        option="mamba_block_size",
-        value=request.mamba_block_size,
-        expected="mamba_cache_mode align or all",
-    )
-
-
-def _mamba_block_size(request: BlockSizeRequest, block_size: int, reasons: list[str]) -> int | None:
-    if not request.states:
-        return None
-    if request.mamba_cache_mode == "none":
-        reasons.append(
-            f"states: one per request, so that mamba_block_size is the longest sequence, {request.max_model_len}."
-        )
-        return request.max_model_len
-    if request.mamba_block_size is not None:
-        reasons.append(
-            f"states: kept every {request.mamba_block_size} tokens as the user set, "
-            f"{request.mamba_block_size // block_size} blocks of {block_size}."
-        )
-        return request.mamba_block_size
-    if _subdivides(request):
-        step = -(-max(1, request.state_tokens) // block_size) * block_size
-        reasons.append(
-            f"states: kept every {step} tokens, {step // block_size} blocks of {block_size}, whose K and V take as "
-            "much memory as the states."
-        )
-        return step
-    reasons.append(f"states: kept at every block boundary, each {block_size} tokens.")
-    return block_size
 
 
 def _explain_pages(request: BlockSizeRequest, pages: Pages, block_size: int, reasons: list[str]) -> None:

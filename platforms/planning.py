@@ -16,6 +16,7 @@ from ..device import DeviceFacts, format_bytes
 from ..errors import BackendError, ConfigError
 from ..hybrid.model_specs import ModelSpec
 from .budget import cache_budget, holding_of, served_max_model_len, with_capacities
+from .cautions import dear_blocks, idle_stages, reset_states
 from .decision import BlockSizeDecision, BlockSizeRequest
 from .interface import Platform
 from .plan import Plan, PlannedLayer
@@ -24,8 +25,6 @@ from .stages import StagePlan, state_bytes, tightest, whole_capacity
 from .strategy_choice import choose_strategy
 
 __all__ = ["Plan", "block_size_request", "plan_model", "with_num_blocks", "without_idle_blocks"]
-
-NOTABLE_PADDING_PCT = 10.0
 
 
 def block_size_request(
@@ -104,7 +103,13 @@ def plan_model(
     said += [*_pipeline(chosen.stages), *decision.reasons, *chosen.reasons]
     stages = with_capacities(chosen.stages, config, budget, config.cache.num_blocks, request.max_model_len)
     tight, capacity = tightest(stages, holding_of(config), request.max_model_len), whole_capacity(stages)
-    warnings = [*mind, *chosen.warnings, *_warnings(decision, tight), *_idle_stages(stages)]
+    warnings = [
+        *mind,
+        *chosen.warnings,
+        *dear_blocks(decision, tight),
+        *idle_stages(stages),
+        *reset_states(model, platform, config),
+    ]
     if capacity is None:
         said.append("capacity: not computed, no memory budget was given and the device's memory is not known.")
     sizes = sizes_of(model, decision, tight, backends.values(), config)
@@ -178,16 +183,6 @@ def _pipeline(stages: Sequence[StagePlan]) -> list[str]:
     return [
         f"pipeline: {sum(len(stage.layers) for stage in stages)} layers in {len(stages)} stages of "
         f"{', '.join(counts)}; one block size for all, each stage has pages and a pool of its own."
-    ]
-
-
-def _idle_stages(stages: Sequence[StagePlan]) -> list[str]:
-    if all(not stage.groups for stage in stages):
-        return []
-    return [
-        f"{stage.name} stores nothing: its layers read what another stage stores, or keep nothing."
-        for stage in stages
-        if not stage.groups
     ]
 
 
@@ -269,23 +264,6 @@ def _planned(layer: LayerSpec, backends: Mapping[int, Capabilities], decision: B
         layer=layer.layer,
         kind=layer.kind,
         backend=backends[layer.layer].name,
-        page_bytes=layer.spec.page_size_bytes(decision.block_size_of(layer.spec)),
+        page_bytes=layer.spec.bytes_per_token * decision.block_size_of(layer.spec),
         kv_cache_dtype=layer.spec.dtype,
     )
-
-
-def _warnings(decision: BlockSizeDecision, stage: StagePlan) -> list[str]:
-    """What costs memory more than one would expect, with the numbers."""
-    found = []
-    groups, per_block = stage.groups, stage.shape.block_bytes
-    raw = decision.state_raw_bytes
-    if raw and 100 * (decision.state_page_bytes - raw) > NOTABLE_PADDING_PCT * raw:
-        pct = 100 * (decision.state_page_bytes - raw) / raw
-        found.append(f"states of {raw} bytes take pages of {decision.state_page_bytes} bytes: padding of {pct:.1f} %.")
-    floor = len(groups) * per_block
-    if decision.block_size > 8 * decision.phase1_block_size:
-        found.append(
-            f"blocks grew from {decision.phase1_block_size} to {decision.block_size} tokens to hold a state, so that "
-            f"the shortest request takes {format_bytes(floor)}: {len(groups)} groups x {format_bytes(per_block)}."
-        )
-    return found

@@ -69,7 +69,7 @@ class StagePlan:
         used = 0
         for layer in group.layers:
             spec = layer.spec
-            used += spec.page_size_bytes(group.block_size) if isinstance(spec, AttentionSpec) else spec.state_bytes
+            used += spec.bytes_per_token * group.block_size if isinstance(spec, AttentionSpec) else spec.state_bytes
         return taken - used
 
     def group_dicts(self) -> list[dict[str, object]]:
