@@ -41,9 +41,16 @@ def phase3_applies(request: BlockSizeRequest) -> bool:
     return request.quantised_dtype is not None and request.page_strategy == "unified"
 
 
-def has_packed_latents(request: BlockSizeRequest) -> bool:
-    """Whether pages differ from what blocks were sized for although all layers are alike."""
-    return phase3_applies(request) and request.quantised_dtype in LATENT_BLOBS and bool(request.states)
+def pages_differ(request: BlockSizeRequest, backends: Iterable[Capabilities], block_size: int) -> bool:
+    """Whether layers get other pages than blocks were sized for although none is skipped.
+
+    Packed latents are wider or narrower than that; windows do not split a block that is no kernel block.
+    """
+    if not phase3_applies(request):
+        return False
+    windows = any(spec.sliding_window is not None for spec in request.attention)
+    split = any(_longest_kernel_block(backend, block_size) != block_size for backend in backends)
+    return bool(request.states) and (request.quantised_dtype in LATENT_BLOBS or (windows and split))
 
 
 def quantised(request: BlockSizeRequest) -> tuple[AttentionSpec, ...]:
@@ -103,7 +110,7 @@ def mixed_blocks(
     said: list[str] = []
     for spec, own in pages.items():
         how = ""
-        if own < page and page % own == 0 and spec.sliding_window is None:
+        if own < page and page % own == 0 and (spec.sliding_window is None or not _skipped(request)):
             blocks[spec] *= page // own
             how = f", {page // own} times as long"
         elif own < page and (spec.mla or page % own == 0):
@@ -128,16 +135,17 @@ def _own_pages(
 ) -> tuple[dict[AttentionSpec, int], dict[AttentionSpec, int]]:
     """Bytes of each kind's page before all become one, and tokens of its block.
 
-    A window takes the longest kernel block that fits the quantised page, and is padded to it.
+    A window takes the longest kernel block that fits the quantised page, and beside skipped layers is padded to it.
     """
     shared = block_size * bytes_per_token(quantised(request))
+    skipping = bool(_skipped(request))
     pages, blocks = {}, {}
     for spec in request.attention:
         if spec.sliding_window is None:
             blocks[spec], pages[spec] = block_size, spec.page_size_bytes(block_size)
         else:
             blocks[spec] = min(_longest_kernel_block(one, shared // spec.bytes_per_token) for one in backends)
-            pages[spec] = shared
+            pages[spec] = shared if skipping else spec.page_size_bytes(blocks[spec])
     return pages, blocks
 
 

@@ -33,7 +33,7 @@ from ..hybrid.page_alignment import (
 from .decision import BlockSizeDecision, BlockSizeRequest
 from .kept_states import MAMBA_BLOCK_SIZE, check_mamba_block_size, kept_every, require_kept_states
 from .kernel_blocks import kernel_block_size, kernel_constraints, preferred_block_size
-from .mixed_blocks import covering_rule, has_packed_latents, mixed_blocks, phase3_applies, quantised
+from .mixed_blocks import covering_rule, mixed_blocks, pages_differ, phase3_applies, quantised
 
 
 def decide(
@@ -59,7 +59,7 @@ def decide(
     block_sizes, own_pages = MappingProxyType[AttentionSpec, int]({}), False
     if _subdivides(request):
         pages = separate_pages(request.attention, request.states, block_size)
-    elif covering is not None or has_packed_latents(request):
+    elif covering is not None or pages_differ(request, backends, block_size):
         if covering is not None:
             block_size = _phase3(block_size, hard, covering, reasons)
             hard = checked([*hard, covering])

@@ -3,7 +3,8 @@
 Run it where vLLM 0.33.0's Python files can be imported (its compiled parts are not needed) and makeready is on the
 path: ``python tools/vllm_skip_cases.py tests/data/skip_layer_cases.json.gz``. vLLM decides the block size (phases 1 to
 4), makes every layer's cache spec and groups them, for every preset that stores K and V in a quantised dtype but for
-some layers; nothing of it is replaced but the model and the backend, which are described by their numbers.
+some layers, and for windows and latents without such layers; nothing of it is replaced but the model and the backend,
+which are described by their numbers.
 """
 
 from __future__ import annotations
@@ -80,7 +81,7 @@ def _skips(source: random.Random, model: ModelSpec) -> list[list[int]]:
     full = [layer for layer in every if layer not in windows]
     sets = [every[:1], every[: max(1, len(every) // 2)], every, full[:1] or every[:1]]
     sets += [windows, windows[:1], full] if windows else []
-    return [*source.sample(sets, 2), *([[]] if model.attention_layers[0].kind == "mla" else [])]
+    return [*source.sample(sets, 2), *([[]] if windows or model.attention_layers[0].kind == "mla" else [])]
 
 
 def _case(
