@@ -55,7 +55,7 @@ _DECISIONS = _options(
     click.option(
         "--provider",
         "flash_provider",
-        help="flash: whose kernels, such as fa3, varlen or triton (doctor lists them). Used or refused, never replaced.",
+        help="flash: whose kernels, such as fa3 or triton (doctor lists them). Used or refused, never replaced.",
     ),
     click.option("--block-size", type=int, help="KV block size in tokens. Checked and kept, never replaced."),
     click.option(

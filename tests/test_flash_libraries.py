@@ -176,7 +176,7 @@ def test_what_is_not_installed_says_how_to_get_it(provider_type):
         (
             installed(TorchVarlen, functions={("torch.version", "cuda"): None}),
             HOPPER,
-            "torch's varlen attention has no kernels in torch 2.13.0, which is built without CUDA",
+            "torch's varlen attention has no kernels in torch 2.13.0, built without CUDA",
         ),
         (
             installed(FlashAttention3, functions={"flash_attn_with_kvcache": OSError("libcudart.so.13: cannot open")}),
@@ -212,6 +212,8 @@ def test_every_obstacle_is_a_sentence(provider, device, reason):
         (TorchVarlen, {"block_size": 528}, "varlen reads blocks of a multiple of 256 tokens, not 528"),
         (TorchVarlen, {"block_size": 256, "soft_cap": 2.0}, "varlen has no soft cap, and the layer's is 2.0"),
         (XpuKernels, {"block_size": 80}, "xpu-kernels reads blocks of a multiple of 64 tokens, not 80"),
+        (XpuKernels, {"sliding_window": 1}, "xpu-kernels takes a sliding window of 1 for none"),
+        (FlashAttention3, {"head_size_v": 32}, "fa3 takes one head size, and the layer's K have 64 and its V 32"),
         (XpuKernels, {"head_size": 80, "head_size_v": 80}, "xpu-kernels serves head sizes 64, 96, 128"),
     ],
 )

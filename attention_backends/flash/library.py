@@ -6,6 +6,7 @@ from abc import abstractmethod
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
+from ...cache.specs import AttentionSpec
 from ...device import DeviceFacts
 from ...errors import BackendError
 from ..interface import AttentionImpl, BuildRequest, Probe
@@ -82,6 +83,12 @@ class LibraryProvider(FlashProvider):
     def loaded_refusal(self) -> str | None:
         """Why the library, though it imports, cannot serve."""
         return None
+
+    def spec_refusal(self, spec: AttentionSpec) -> str | None:
+        """One head size for queries, K and V."""
+        if spec.mla or spec.head_size == spec.head_size_v:
+            return None
+        return f"takes one head size, and the layer's K have {spec.head_size} and its V {spec.head_size_v}"
 
     def build(self, request: BuildRequest) -> AttentionImpl:
         """The kernels, once they agreed with the reference on a small cache of the request's own shape.

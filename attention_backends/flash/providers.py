@@ -5,6 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from dataclasses import replace
 
+from ...cache.specs import AttentionSpec
 from ...device import DeviceFacts
 from ..interface import AttentionImpl, BuildRequest, Capabilities, LayerRequest, Probe
 from ..selection import refusals
@@ -26,6 +27,10 @@ class FlashProvider(ABC):
     def constraints(self, device: DeviceFacts) -> Capabilities:
         """What these kernels can do on ``device``, within what the flash backend declares. No probing."""
 
+    def spec_refusal(self, spec: AttentionSpec) -> str | None:
+        """What :class:`Capabilities` has no word for: why a layer that fits them is not served, or ``None``."""
+        return None
+
     def only_when_asked(self, device: DeviceFacts) -> str | None:
         """Why automatic choice passes over these kernels on ``device`` though they serve; ``None`` if it does not."""
         return None
@@ -40,7 +45,9 @@ class FlashProvider(ABC):
 
 def layer_refusals(provider: FlashProvider, request: LayerRequest, device: DeviceFacts) -> tuple[str, ...]:
     """What a layer asks that the provider's kernels do not have, a sentence each."""
-    return refusals(replace(provider.constraints(device), name=provider.name), request)
+    found = refusals(replace(provider.constraints(device), name=provider.name), request)
+    beyond = provider.spec_refusal(request.spec)
+    return found if beyond is None else (*found, f"{provider.name} {beyond}")
 
 
 def build_refusals(provider: FlashProvider, request: BuildRequest) -> tuple[str, ...]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
+from ...cache.specs import AttentionSpec
 from ...device import DeviceFacts
 from ...errors import BackendError
 from ..interface import Capabilities
@@ -50,6 +51,12 @@ class XpuKernels(LibraryProvider):
     def device_refusal(self, device: DeviceFacts) -> str | None:
         """Every Intel GPU is let through: the library itself says which it was built for."""
         return None
+
+    def spec_refusal(self, spec: AttentionSpec) -> str | None:
+        """The library computes shapes that it has no kernel for in PyTorch, and takes a window of 1 for none there."""
+        if spec.sliding_window == 1:
+            return "takes a sliding window of 1 for none where it falls back to PyTorch"
+        return super().spec_refusal(spec)
 
     def loaded_refusal(self) -> str | None:
         """The package imports everywhere; its libraries may not have loaded."""
