@@ -176,7 +176,7 @@ def test_what_is_not_installed_says_how_to_get_it(provider_type):
         (
             installed(TorchVarlen, functions={("torch.version", "cuda"): None}),
             HOPPER,
-            "torch's varlen attention has no kernels in torch 2.13.0, built without CUDA",
+            "torch's varlen attention has no kernels in torch 2.13.0, which is built without CUDA",
         ),
         (
             installed(FlashAttention3, functions={"flash_attn_with_kvcache": OSError("libcudart.so.13: cannot open")}),
