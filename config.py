@@ -98,6 +98,9 @@ class AttentionConfig:
     """Which attention backend, and what it must promise."""
 
     backend: str | None = setting(None, "attention backend for every layer: flex, flash, reference, or a plugin's")
+    flash_provider: str | None = setting(
+        None, "flash: whose kernels (makeready doctor lists them); used or refused; None takes the first that can serve"
+    )
     batch_invariant: bool = setting(False, "only backends whose output does not depend on the batch")
     flex_attn_block_m: int | None = setting(
         None, "flex: query rows that one kernel program computes; power of two", "tokens"
@@ -111,6 +114,11 @@ class AttentionConfig:
     flex_attn_kv_block_size: int | None = setting(
         None, "flex: KV block of the block mask; power of two, multiple of flex_attn_block_n", "tokens"
     )
+
+    @property
+    def asked_backend(self) -> str | None:
+        """The one backend that the user named, himself or by its provider."""
+        return "flash" if self.backend is None and self.flash_provider is not None else self.backend
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -218,6 +226,14 @@ class EngineConfig:
                 expected="0 < memory_fraction <= 1",
             )
         _require_layers("kv_cache_dtype_skip_layers", cache.kv_cache_dtype_skip_layers)
+        if attention.flash_provider is not None and attention.backend not in (None, "flash"):
+            raise ConfigError(
+                f"flash_provider {attention.flash_provider!r} is a provider of flash, and backend "
+                f"{attention.backend!r} is asked; leave one of them out",
+                option="flash_provider",
+                value=attention.flash_provider,
+                expected=None,
+            )
         _check_flex_blocks(attention)
         return self
 

@@ -252,12 +252,12 @@ def _planned_surroundings(config: EngineConfig, plugins: Plugins, engine: str) -
         present=False,
     )
     offers = plugins.attention_backends(device)
-    _require_offered(config.attention.backend, offers, auto_may_choose=True)
+    _require_offered(config.attention.asked_backend, offers, auto_may_choose=True)
     return _Surroundings(
         platform=replace(platform, backend_order=platform.planned_order),
         device=device,
         plugins=plugins,
-        backends=(*(offer.backend for offer in offers.offered), *(vllm_backends() if engine == "vllm" else ())),
+        backends=(*_configured(offers, config, device), *(vllm_backends() if engine == "vllm" else ())),
         probes=None,
         reasons=(f"platform: {platform.name}, as asked; planned without its device.",),
         refusals=tuple(problem.sentence() for problem in (*plugins.problems, *offers.problems)),
@@ -277,8 +277,8 @@ def _surroundings_here(config: EngineConfig, plugins: Plugins) -> _Surroundings:
     if config.device.device_memory_bytes is not None:
         device = replace(device, memory_bytes=config.device.device_memory_bytes)
     offers = plugins.attention_backends(device)
-    _require_offered(config.attention.backend, offers, auto_may_choose=False)
-    backends = tuple(offer.backend for offer in offers.offered)
+    _require_offered(config.attention.asked_backend, offers, auto_may_choose=False)
+    backends = _configured(offers, config, device)
     others = (candidate for candidate in chosen.candidates if not candidate.chosen)
     return _Surroundings(
         platform=chosen.provider.platform,
@@ -292,6 +292,11 @@ def _surroundings_here(config: EngineConfig, plugins: Plugins) -> _Surroundings:
             *(problem.sentence() for problem in (*plugins.problems, *offers.problems)),
         ),
     )
+
+
+def _configured(offers: BackendOffers, config: EngineConfig, device: DeviceFacts) -> tuple[AttentionBackend, ...]:
+    """The offered backends, as the user's settings make them."""
+    return tuple(offer.backend.configured(config.attention, device) for offer in offers.offered)
 
 
 def _require_offered(asked: str | None, offers: BackendOffers, *, auto_may_choose: bool) -> None:
@@ -323,7 +328,7 @@ def _decide(
         around.backends,
         around.device,
         order=around.platform.backend_order,
-        asked=config.attention.backend,
+        asked=config.attention.asked_backend,
         batch_invariant=config.attention.batch_invariant,
         probes=around.probes,
     )
