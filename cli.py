@@ -57,6 +57,12 @@ _DECISIONS = _options(
         "flash_provider",
         help="flash: whose kernels, such as fa3 or triton (doctor lists them). Used or refused, never replaced.",
     ),
+    click.option(
+        "--mixer-backend",
+        default="auto",
+        show_default=True,
+        help="Kernels of state layers: auto, triton, reference or a plugin's.",
+    ),
     click.option("--block-size", type=int, help="KV block size in tokens. Checked and kept, never replaced."),
     click.option(
         "--kv-cache-dtype",
