@@ -42,6 +42,7 @@ class TinyReady:
     config: EngineConfig
     max_model_len: int
     cleared_groups: frozenset[int]
+    device: DeviceFacts = DEVICE
 
 
 def backend_named(name: str) -> AttentionBackend:
