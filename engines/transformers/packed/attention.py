@@ -15,6 +15,9 @@ from .ops import operators
 NAME = "makeready_packed"
 """No mask is registered under it, so that models build none. Must not contain the names transformers tests for."""
 
+EXPANDED = "makeready_expanded"
+"""The forward argument that is true for models that expand stored latents."""
+
 
 def register() -> None:
     """Make :func:`attend_packed` known to transformers; doing it again changes nothing."""
@@ -46,6 +49,7 @@ def attend_packed(
     :return: (1, T, Hq, Dv), contiguous, and no weights.
     :raises BackendError: for an argument that would change attention in a way no backend was told of.
     """
+    expanded = kwargs.pop(EXPANDED, None)
     unknown = sorted(name for name, value in kwargs.items() if value is not None and name not in HARMLESS)
     if attention_mask is not None:
         unknown.append("attention_mask")
@@ -60,7 +64,7 @@ def attend_packed(
         )
     scale = query.shape[-1] ** -0.5 if scaling is None else float(scaling)
     packed = query[0].transpose(0, 1)
-    if key.shape[2] != query.shape[2] or _is_mla(kwargs):
+    if expanded:
         call = AttentionCall(scale=scale, causal=is_causal is not False, soft_cap=softcap, sinks=s_aux)
         return attend_expanded(packed.contiguous(), key[0], value[0], call)[None], None
     output = torch.ops.makeready.attention(
@@ -68,11 +72,3 @@ def attend_packed(
         sliding_window, softcap,
     )  # fmt: skip
     return output[None], None
-
-
-def _is_mla(kwargs: dict[str, Any]) -> bool:
-    return bool(kwargs.get(EXPANDED))
-
-
-EXPANDED = "makeready_expanded"
-"""The forward argument that is true for models that expand stored latents."""

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -19,7 +20,9 @@ from .attention import EXPANDED, NAME, register
 from .building import StepBuilder
 from .cache import PackedCache
 from .context import ForwardContext, PackedStep, forward_of
+from .decode_inputs import DecodeInputs
 from .flight import Flight
+from .graphs import DecodeGraphs, buckets_up_to
 from .layers import DecoderLayers, LayerForward
 from .patching import exchange_for
 from .rows import ON_DEVICE, Row, rows_of
@@ -27,6 +30,8 @@ from .seats import Seats
 
 if TYPE_CHECKING:
     from ....hybrid.mixers.interface import MixerKernels
+Limits = Callable[[], AbstractContextManager[None]]
+
 
 class PackedRunner:
     """A model whose attention and states live in the paged cache, all requests of a step in one forward.
@@ -35,6 +40,8 @@ class PackedRunner:
 
     :param kernels: what computes state mixers; ``None`` for models without any.
     :param run_layer: how a decoder layer is run; ``None`` for its own forward.
+    :param limits: active while a forward runs.
+    :param cuda_graphs: whether steps of decodes are captured and replayed.
     :raises UnsupportedModelError: if the family's mixers are not where this transformers should have them.
     """
 
@@ -45,10 +52,13 @@ class PackedRunner:
         traits: Traits,
         kernels: MixerKernels | None,
         run_layer: LayerForward | None = None,
+        *,
+        limits: Limits = nullcontext,
+        cuda_graphs: bool = False,
     ) -> None:
         config, scheduler = model.config.get_text_config(decoder=True), ready.config.scheduler
         self._model, self._traits, self._kernels = model, traits, kernels
-        self._exchange = exchange_for(model, traits)
+        self._exchange, self._limits = exchange_for(model, traits), limits
         self._binding = bind(ready, config.num_hidden_layers)
         self._device = model.device
         self._ledger = StateLedger()
@@ -65,6 +75,11 @@ class PackedRunner:
         self._stock_attention = model.config._attn_implementation
         register()
         model.set_attn_implementation(NAME)
+        self._graphs: DecodeGraphs | None = None
+        if cuda_graphs:
+            inputs = DecodeInputs(self._seats, self._builder.state_groups, scheduler.max_num_seqs, self._device)
+            buckets = buckets_up_to(scheduler.max_num_seqs)
+            self._graphs = DecodeGraphs(self._builder, inputs, self._decode, buckets)
 
     def close(self) -> None:
         """Give the model its own attention and its layers back."""
@@ -92,18 +107,31 @@ class PackedRunner:
     def _forward(self, rows: Sequence[Row]) -> tuple[torch.Tensor, torch.Tensor]:
         """Logits (S, V) and likeliest tokens (S,) of the rows that sample."""
         seats = self._seats.of([row.request for row in rows])
-        step = self._builder.build(rows)
+        if self._graphs is not None and all(row.is_decode and row.samples for row in rows):
+            return self._graphs.replay(rows, seats)
         sampled, ends = self._sampled(rows)
-        with self._exchange.active(), forward_of(ForwardContext(self._binding, self._kernels, step)) as context:
-            logits = self.logits(self._input_ids(rows, seats), self._positions(rows), ends)
-            context.check_complete()
-            tokens = logits.argmax(dim=-1)
-            places = stage([seats[index] for index in sampled], torch.int64, self._device)
-            self._seats.last_tokens.index_copy_(0, places, tokens)
+        ids, positions = self._input_ids(rows, seats), self._positions(rows)
+        logits = self._in_context(self._builder.build(rows), ids, positions, ends)
+        tokens = logits.argmax(dim=-1)
+        places = stage([seats[index] for index in sampled], torch.int64, self._device)
+        self._seats.last_tokens.index_copy_(0, places, tokens)
         return logits, tokens
 
-    def logits(self, input_ids: torch.Tensor, positions: torch.Tensor, keep: torch.Tensor) -> torch.Tensor:
-        """One forward of the model within a context: (T,) ids and positions to (S, V) logits of tokens ``keep``."""
+    def _decode(self, step: PackedStep, ids: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+        """Logits of every row of a step of decodes."""
+        return self._in_context(step, ids, positions, 0)
+
+    def _in_context(
+        self, step: PackedStep, ids: torch.Tensor, positions: torch.Tensor, keep: torch.Tensor | int
+    ) -> torch.Tensor:
+        context = ForwardContext(self._binding, self._kernels, step)
+        with self._exchange.active(), self._limits(), forward_of(context):
+            logits = self._logits(ids, positions, keep)
+        context.check_complete()
+        return logits
+
+    def _logits(self, input_ids: torch.Tensor, positions: torch.Tensor, keep: torch.Tensor | int) -> torch.Tensor:
+        """One forward of the model: (T,) ids and positions to (S, V) logits of tokens ``keep``; 0 keeps all."""
         inputs: dict[str, Any] = {
             "input_ids": input_ids[None],
             self._traits.cache_argument: self._cache,
