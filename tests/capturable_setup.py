@@ -1,4 +1,4 @@
-"""Attention and state mixers for captured steps in plain torch: dense, slow, and without a look at the host's numbers."""
+"""Attention and state mixers for captured steps in plain torch: dense, slow, and blind to the host's numbers."""
 
 from __future__ import annotations
 

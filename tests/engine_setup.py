@@ -79,7 +79,9 @@ def make_ready(
     return TinyReady(
         device=device,
         cache=kv_cache,
-        attention={layer.layer: _built(backend, layer.spec, spec.dtype, block_size, device) for layer in spec.attention_layers},
+        attention={
+            layer.layer: _built(backend, layer.spec, spec.dtype, block_size, device) for layer in spec.attention_layers
+        },
         groups=groups,
         block_size=block_size,
         config=EngineConfig.from_options(**options),
@@ -101,9 +103,7 @@ def planned_ready(model: Any, *, backend: str = "reference", num_blocks: int = 2
 
 
 @cache
-def _built(
-    backend: str, spec: AttentionSpec, dtype: str, block_size: int, device: DeviceFacts
-) -> AttentionImpl:
+def _built(backend: str, spec: AttentionSpec, dtype: str, block_size: int, device: DeviceFacts) -> AttentionImpl:
     """Shared by all engines of the test run: what flex compiles is kept."""
     return backend_named(backend).build(
         BuildRequest(

@@ -34,7 +34,8 @@ def stock(family: str):
     model = tiny_model(family).to("cuda")
     tokens = []
     for prompt in prompts():
-        out = model.generate(torch.tensor([prompt], device="cuda"), max_new_tokens=NEW, do_sample=False, eos_token_id=-1)
+        ids = torch.tensor([prompt], device="cuda")
+        out = model.generate(ids, max_new_tokens=NEW, do_sample=False, eos_token_id=-1)
         tokens.append(out[0, len(prompt) :].tolist())
     return model, tokens
 
@@ -64,9 +65,10 @@ def modes(compiled: bool, graphs: bool, ahead: bool) -> dict[str, bool]:
 
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize(
-    "mode", [modes(False, False, False), modes(False, False, True), modes(False, True, False), modes(False, True, True)],
+    "mode",
+    [modes(False, False, False), modes(False, False, True), modes(False, True, False), modes(False, True, True)],
     ids=["plain", "ahead", "graphs", "graphs-ahead"],
-)  # fmt: skip
+)
 def test_tokens(family, mode, monkeypatch):
     check(family, monkeypatch, **mode)
 

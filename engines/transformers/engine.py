@@ -15,9 +15,8 @@ from .blocks import BlockKeeper
 from .execution import decide
 from .families import check_version, traits_of
 from .loading import load_model
-from .packed.driver import PackedDriver
+from .packed.driver import PackedDriver, StepTimes
 from .packed.opening import open_packed
-from .packed.runner import PackedRunner
 from .probe import check_plan
 from .records import Completion, FinishReason, Output, Progress, Ready, SamplingParams
 from .requests import Request
@@ -64,12 +63,12 @@ class TransformersEngine:
         self.scheduler = Scheduler(ready.groups, self.pool, ready.config.scheduler, self.traits, ready.max_model_len)
         self.execution = decide(model, ready, self.traits)
         self._blocks = BlockKeeper(ready, clear_states=not self.execution.packed, poison_freed=poison_freed)
-        self._runner: ModelRunner | PackedRunner
+        self._runner: ModelRunner | None = None
         self._driver: PackedDriver | None = None
         if self.execution.packed:
-            self._runner = open_packed(model, ready, self.traits, self.execution)
+            packed = open_packed(model, ready, self.traits, self.execution)
             self._driver = PackedDriver(
-                self.scheduler, self._blocks, self._runner,
+                self.scheduler, self._blocks, packed,
                 deliver=self._deliver, sampler_of=self._sampler_of, ahead=self.execution.async_scheduling,
             )  # fmt: skip
         else:
@@ -83,13 +82,19 @@ class TransformersEngine:
         self._unread: list[Output] = []
         self.num_preemptions = 0
 
+    @property
+    def step_times(self) -> StepTimes | None:
+        """Where the host's time went; None unless steps are packed."""
+        return self._driver.times if self._driver is not None else None
+
     def close(self) -> None:
         """Abort every request and give the model its own attention back."""
         for request_id in tuple(self._entries):
             self.abort(request_id)
         if self._driver is not None:
-            self._driver.discard()
-        self._runner.close()
+            self._driver.close()
+        if self._runner is not None:
+            self._runner.close()
 
     def add_request(self, prompt: Prompt, params: SamplingParams | None = None) -> str:
         """Queue a request.
@@ -135,7 +140,7 @@ class TransformersEngine:
         """
         if self._driver is not None:
             self.num_preemptions += self._driver.step()
-        else:
+        if self._runner is not None:
             self._step_in_turn(self._runner)
         outputs, self._unread = self._unread, []
         return outputs
@@ -212,10 +217,11 @@ class TransformersEngine:
             return
         if len(rows) < len(requests):
             logits = logits[rows]
-        samplers = [(row, self._entries[requests[index].id].sampler) for row, index in enumerate(rows)]
+        choosing = [requests[row] for row in rows]
+        samplers = [(place, self._entries[request.id].sampler) for place, request in enumerate(choosing)]
         # One by one into what is unread: an error further on must not take along what a request has got already.
-        for index, token in zip(rows, choose(logits, logits.argmax(dim=-1).tolist(), samplers), strict=True):
-            self._deliver(requests[index], token)
+        for request, token in zip(choosing, choose(logits, logits.argmax(dim=-1).tolist(), samplers), strict=True):
+            self._deliver(request, token)
 
     def _sampler_of(self, request: Request) -> Sampler | None:
         entry = self._entries.get(request.id)

@@ -36,9 +36,7 @@ class StateLedger:
                         expected=(request.id, request.num_computed),
                     )
 
-    def commit(
-        self, requests: Sequence[Request], blocks: Mapping[int, Sequence[int]], lengths: Sequence[int]
-    ) -> None:
+    def commit(self, requests: Sequence[Request], blocks: Mapping[int, Sequence[int]], lengths: Sequence[int]) -> None:
         """Note that a forward of ``lengths`` tokens has ended well, or is queued behind all that was queued before."""
         for ids in blocks.values():
             for request, block, length in zip(requests, ids, lengths, strict=True):

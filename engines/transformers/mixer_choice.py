@@ -19,12 +19,7 @@ def choose_kernels(asked: str, ready: Ready) -> tuple[bool, MixerKernels | None,
     :param asked: a name of kernels, or ``auto``, which takes the first that can serve every state layer.
     :raises BackendError: for a name that is not known, or kernels that cannot serve.
     """
-    kinds = {
-        layer.spec.kind
-        for group in ready.groups
-        for layer in group.layers
-        if isinstance(layer.spec, MambaSpec)
-    }
+    kinds = {layer.spec.kind for group in ready.groups for layer in group.layers if isinstance(layer.spec, MambaSpec)}
     if not kinds:
         return True, None, "state_mixers: none needed; no layer keeps a state."
     known = {backend.name: backend for backend in _backends()}

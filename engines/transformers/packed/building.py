@@ -101,7 +101,7 @@ class StepBuilder:
         fresh = [int(row.start == 0) for row in rows]
         slots = [row.request.tables[group].blocks[0] for group in groups for row in rows]
         staged = stage([*starts, *fresh, *slots], torch.int32, self._device)
-        query_start, is_fresh, packed = staged.split([len(starts), len(fresh), len(slots)])
+        query_start, is_fresh, packed = torch.split(staged, [len(starts), len(fresh), len(slots)])
         return {
             group: StateBatch(
                 query_start=query_start,

@@ -23,9 +23,7 @@ class PackedCache(Cache):
     :param mla: whether attention stores latents, which the model expands.
     """
 
-    def __init__(
-        self, num_layers: int, state_layers: frozenset[int], empty_layers: frozenset[int], mla: bool
-    ) -> None:
+    def __init__(self, num_layers: int, state_layers: frozenset[int], empty_layers: frozenset[int], mla: bool) -> None:
         layers: Any = [_LayerView() for _ in range(num_layers)]
         super().__init__(layers=layers)
         self._state_layers, self._empty_layers, self._mla = state_layers, empty_layers, mla

@@ -62,7 +62,7 @@ class ForwardContext:
         :raises IntegrityError: for a model that was bound without any.
         """
         if self._kernels is None:
-            raise IntegrityError(f"layer {self.layer} runs a state mixer, and the engine was bound without their kernels")
+            raise IntegrityError(f"layer {self.layer} runs a state mixer, and the engine has no kernels for it")
         return self._kernels
 
     def attention_layer(self) -> AttentionLayer:

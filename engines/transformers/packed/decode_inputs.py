@@ -22,9 +22,7 @@ class DecodeInputs:
     :param state_groups: indices of the groups whose layers keep a state.
     """
 
-    def __init__(
-        self, seats: Seats, state_groups: Sequence[int], max_num_seqs: int, device: torch.device
-    ) -> None:
+    def __init__(self, seats: Seats, state_groups: Sequence[int], max_num_seqs: int, device: torch.device) -> None:
         self._seats, self._groups, self._device = seats, tuple(state_groups), device
         self._buffer = torch.zeros((_FIELDS + len(self._groups)) * max_num_seqs, dtype=torch.int64, device=device)
         self._starts = torch.arange(max_num_seqs + 1, dtype=torch.int32, device=device)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from time import perf_counter
 
 from ..blocks import BlockKeeper
 from ..requests import Request
@@ -15,6 +17,17 @@ from .runner import PackedRunner
 
 Deliver = Callable[[Request, int], None]
 SamplerOf = Callable[[Request], Sampler | None]
+
+
+@dataclass(slots=True)
+class StepTimes:
+    """Where the host's time went since the engine was made."""
+
+    steps: int = 0
+    total_s: float = 0.0
+    """In steps, waiting included."""
+    waited_s: float = 0.0
+    """Waiting for the device's tokens; what is left of the total is the host's own work."""
 
 
 class PackedDriver:
@@ -43,12 +56,26 @@ class PackedDriver:
         self._deliver, self._sampler_of = deliver, sampler_of
         self._late = 1 if ahead else 0
         self._flights: deque[Flight] = deque()
+        self.times = StepTimes()
 
     def step(self) -> int:
         """Queue the next step and read what is due; returns how many requests were preempted.
 
         If anything raises, the requests it concerns start over with the next step.
         """
+        begun = perf_counter()
+        try:
+            return self._step()
+        finally:
+            self.times.steps += 1
+            self.times.total_s += perf_counter() - begun
+
+    def close(self) -> None:
+        """Forget steps that are not read, and give the model back."""
+        self._flights.clear()
+        self._runner.close()
+
+    def _step(self) -> int:
         if self._flights and self._scheduler.is_short_of_blocks():
             self._land(0)
         step = self._scheduler.schedule()
@@ -70,10 +97,6 @@ class PackedDriver:
         self._land(0 if self._draws(flight) else self._late)
         return len(step.preempted)
 
-    def discard(self) -> None:
-        """Forget steps that are not read: nobody waits for them."""
-        self._flights.clear()
-
     def _draws(self, flight: Flight) -> bool:
         """True if a token must be drawn by the host before its request can go on."""
         samplers = map(self._sampler_of, flight.requests)
@@ -91,7 +114,9 @@ class PackedDriver:
             self._flights.popleft()
 
     def _read(self, flight: Flight) -> None:
+        begun = perf_counter()
         likeliest = flight.read()
+        self.times.waited_s += perf_counter() - begun
         live = [(place, self._sampler_of(request)) for place, request in enumerate(flight.requests)]
         tokens = choose(flight.logits, likeliest, [(place, sampler) for place, sampler in live if sampler is not None])
         for request, token in zip(flight.requests, tokens, strict=True):

@@ -25,7 +25,7 @@ def causal_conv1d_fn(
 ) -> torch.Tensor:
     """(1, C, T) through a depthwise convolution of weight (C, K)."""
     fused = activation in _KERNEL_ACTIVATIONS
-    output = torch.ops.makeready.causal_conv(
+    output: torch.Tensor = torch.ops.makeready.causal_conv(
         _rows(hidden_states[0].transpose(0, 1)), weight, bias, _KERNEL_ACTIVATIONS[activation] if fused else None
     )
     if not fused:

@@ -10,6 +10,7 @@ from __future__ import annotations
 from bisect import bisect_left
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -78,7 +79,7 @@ class DecodeGraphs:
         """All rows are padding while a graph is warmed up and captured, so that no request is touched."""
         metadata = self._builder.captured_metadata(size)
         self._inputs.fill((), (), size)
-        stream = torch.cuda.Stream()
+        stream: Any = torch.cuda.Stream()  # type: ignore[no-untyped-call]
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
             for _ in range(WARM_UPS):
@@ -94,5 +95,3 @@ class DecodeGraphs:
         tokens = logits.argmax(dim=-1)
         self._inputs.keep(tokens)
         return logits, tokens
-
-

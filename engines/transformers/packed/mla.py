@@ -42,5 +42,5 @@ def attend_expanded(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor,
     layer = context.attention_layer()
     metadata = context.step.metadata[layer.group]
     lengths = list(metadata.seq_lens_host)
-    keys, values = ([part.transpose(0, 1) for part in states.split(lengths, dim=1)] for states in (key, value))
+    keys, values = ([part.transpose(0, 1) for part in torch.split(states, lengths, dim=1)] for states in (key, value))
     return layer.impl.forward_gathered(query, keys, values, metadata, call)

@@ -35,8 +35,8 @@ _SCHEMAS = {
 @cache
 def operators() -> Any:
     """The namespace of the operators, which the first call registers with torch."""
-    library = torch.library.Library(_NAMESPACE, "FRAGMENT")
-    implementations = {
+    library: Any = torch.library.Library(_NAMESPACE, "FRAGMENT")  # type: ignore[no-untyped-call]
+    implementations: dict[str, tuple[Any, Any]] = {
         "attention": (_attention, _like_attention),
         "causal_conv": (_causal_conv, _like_first),
         "mamba2": (_mamba2, _like_first),
@@ -52,7 +52,7 @@ def operators() -> Any:
     return getattr(torch.ops, _NAMESPACE)
 
 
-_KEPT: list[torch.library.Library] = []
+_KEPT: list[Any] = []
 """Libraries last as long as their object does."""
 
 
@@ -163,9 +163,7 @@ def _kda(
 ) -> torch.Tensor:
     context = running()
     layer = context.state_layer("recurrent")
-    return context.kernels.kda(
-        q, k, v, g, beta, layer.recurrent[0], context.batch(layer), l2norm=l2norm, scale=scale
-    )
+    return context.kernels.kda(q, k, v, g, beta, layer.recurrent[0], context.batch(layer), l2norm=l2norm, scale=scale)
 
 
 def _like_attention(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *_: Any) -> torch.Tensor:

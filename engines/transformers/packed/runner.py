@@ -14,7 +14,6 @@ from ..binding import bind
 from ..families import Traits
 from ..ledger import StateLedger
 from ..records import Ready
-from ..requests import Request
 from ..scheduler import Step
 from .attention import EXPANDED, NAME, register
 from .building import StepBuilder
