@@ -47,7 +47,7 @@ def make_pages(
 def clone_pages(state: torch.Tensor, dtype=None) -> torch.Tensor:
     """A copy with the same strides, gaps included."""
     whole = state._base if state._base is not None else state
-    copy = whole.clone() if dtype is None else whole.to(dtype)
+    copy = whole.clone() if dtype is None else whole.to(dtype, copy=True)
     return copy.as_strided(state.shape, state.stride(), state.storage_offset())
 
 
