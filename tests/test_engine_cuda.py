@@ -32,6 +32,8 @@ def prompts() -> list[list[int]]:
 @cache
 def stock(family: str):
     model = tiny_model(family).to("cuda")
+    if model.config._experts_implementation == "grouped_mm":
+        model.set_experts_implementation("batched_mm")  # grouped_mm of float32 waits for the device
     tokens = []
     for prompt in prompts():
         ids = torch.tensor([prompt], device="cuda")
@@ -76,6 +78,11 @@ def test_tokens(family, mode, monkeypatch):
 @pytest.mark.parametrize("family", FAMILIES)
 def test_tokens_compiled(family, monkeypatch):
     check(family, monkeypatch, **modes(True, True, True))
+
+
+@pytest.mark.parametrize("family", ["falcon_h1", "nemotron_h", "qwen3_next", "mamba2", "lfm2", "jamba"])
+def test_tokens_with_kernels(family, monkeypatch):
+    check(family, monkeypatch, state_mixers="triton", **modes(False, True, True))
 
 
 def test_chunks_beside_captured_decodes(monkeypatch):

@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+import torch
+
 from ...config import ExecutionConfig
 from ...errors import ConfigError, UnsupportedModelError
 from .families import Traits
@@ -53,7 +55,7 @@ def decide(model: Any, ready: Ready, traits: Traits) -> Execution:
         )  # fmt: skip
     compiled, why = _choose_compile(asked, traits, on_cuda)
     reasons.append(why)
-    graphs, why = _choose_graphs(asked, ready, traits, kernels, on_cuda)
+    graphs, why = _choose_graphs(asked, _obstacle(model, ready, traits, kernels))
     reasons.append(why)
     ahead = on_cuda if asked.async_scheduling is None else asked.async_scheduling
     reasons.append(f"async_scheduling: {_on(ahead)}, {_why(asked.async_scheduling, model.device.type)}.")
@@ -103,12 +105,9 @@ def _choose_compile(asked: ExecutionConfig, traits: Traits, on_cuda: bool) -> tu
     return chosen, f"compile_layers: {_on(chosen)}, {_why(asked.compile_layers, 'cuda' if on_cuda else 'the host')}."
 
 
-def _choose_graphs(
-    asked: ExecutionConfig, ready: Ready, traits: Traits, kernels: MixerKernels | None, on_cuda: bool
-) -> tuple[bool, str]:
+def _choose_graphs(asked: ExecutionConfig, obstacle: str | None) -> tuple[bool, str]:
     if asked.cuda_graphs is False:
         return False, "cuda_graphs: off, as asked."
-    obstacle = _obstacle(ready, traits, kernels, on_cuda)
     if obstacle is None:
         return True, f"cuda_graphs: on, {_why(asked.cuda_graphs, 'cuda')}."
     if asked.cuda_graphs:
@@ -116,8 +115,9 @@ def _choose_graphs(
     return False, f"cuda_graphs: off, since {obstacle}."
 
 
-def _obstacle(ready: Ready, traits: Traits, kernels: MixerKernels | None, on_cuda: bool) -> str | None:
-    if not on_cuda:
+def _obstacle(model: Any, ready: Ready, traits: Traits, kernels: MixerKernels | None) -> str | None:
+    """Why steps of decodes cannot be captured."""
+    if model.device.type != "cuda":
         return "the model is not on a CUDA device"
     if traits.expands_latents:
         return f"attention of {traits.model_type} expands latents, as many as there are tokens"
@@ -126,6 +126,12 @@ def _obstacle(ready: Ready, traits: Traits, kernels: MixerKernels | None, on_cud
         return f"attention backend {' and '.join(waiting)} cannot run inside a graph"
     if kernels is not None and not kernels.capturable:
         return f"state mixers {kernels.name} cannot run inside a graph"
+    experts = getattr(model.config, "_experts_implementation", None)
+    if experts == "eager" or (experts == "grouped_mm" and model.dtype is not torch.bfloat16):
+        return (
+            f"the experts' {experts} waits for the device in {str(model.dtype).removeprefix('torch.')};"
+            " call model.set_experts_implementation('batched_mm')"
+        )
     return None
 
 

@@ -16,7 +16,8 @@ if TYPE_CHECKING:
 def choose_kernels(asked: str, ready: Ready) -> tuple[bool, MixerKernels | None, str]:
     """Whether steps are packed, with which kernels, and why.
 
-    :param asked: a name of kernels, or ``auto``, which takes the first that can serve every state layer.
+    :param asked: a name of kernels, or ``auto``, which takes the first that can serve every state layer, the reference
+        never.
     :raises BackendError: for a name that is not known, or kernels that cannot serve.
     """
     kinds = {layer.spec.kind for group in ready.groups for layer in group.layers if isinstance(layer.spec, MambaSpec)}
@@ -31,7 +32,7 @@ def choose_kernels(asked: str, ready: Ready) -> tuple[bool, MixerKernels | None,
             expected=["auto", "model", *known],
         )
     refusals: list[str] = []
-    for name in known if asked == "auto" else (asked,):
+    for name in [name for name in known if name != "reference"] if asked == "auto" else [asked]:
         reason = _refusal(known[name], kinds, ready)
         if reason is None:
             why = "as asked" if asked != "auto" else "the first that computes every state layer"
@@ -45,15 +46,18 @@ def choose_kernels(asked: str, ready: Ready) -> tuple[bool, MixerKernels | None,
 
 
 def _backends() -> tuple[MixerBackend, ...]:
-    """Best first. The reference is the last: it is slower than most models' own code and never wrong."""
+    """Best first. The reference must be asked for: it is made to be right, not fast."""
     from ...hybrid.mixers.reference import ReferenceMixerBackend
+    from ...hybrid.mixers.triton import TritonMixerBackend
 
-    return (ReferenceMixerBackend(),)
+    return (TritonMixerBackend(), ReferenceMixerBackend())
 
 
 def _refusal(backend: MixerBackend, kinds: set[str], ready: Ready) -> str | None:
     missing = sorted(kinds - backend.mixers(ready.device))
     if missing:
         return f"it has no kernel for {', '.join(missing)}"
+    if not backend.capabilities(ready.device).dtypes:
+        return f"its kernels do not run on {ready.device.device_type}"
     probe = backend.probe(ready.device)
     return None if probe.available else probe.reason
