@@ -126,7 +126,7 @@ def _obstacle(model: Any, ready: Ready, traits: Traits, kernels: MixerKernels | 
         return f"attention backend {' and '.join(waiting)} cannot run inside a graph"
     if kernels is not None and not kernels.capturable:
         return f"state mixers {kernels.name} cannot run inside a graph"
-    experts = getattr(model.config, "_experts_implementation", None)
+    experts = model.config._experts_implementation if model._can_set_experts_implementation() else None
     if experts == "eager" or (experts == "grouped_mm" and model.dtype is not torch.bfloat16):
         return (
             f"the experts' {experts} waits for the device in {str(model.dtype).removeprefix('torch.')};"
