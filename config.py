@@ -150,6 +150,22 @@ class SchedulerConfig:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class ExecutionConfig:
+    """How the embedded engine runs a model's forward. None lets the engine choose and say why."""
+
+    state_mixers: str = setting(
+        "auto",
+        "what computes state layers: auto, model (the model's own code, one forward per prefill chunk), or kernels by "
+        "name (reference, triton), with all requests of a step packed into one forward",
+    )
+    compile_layers: bool | None = setting(None, "compile decoder layers; packed steps only")
+    cuda_graphs: bool | None = setting(None, "replay steps of decodes as CUDA graphs; packed steps only")
+    async_scheduling: bool | None = setting(
+        None, "prepare the next step while the device works; tokens are read one step late; packed steps only"
+    )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class EngineConfig:
     """Everything that ``prepare`` takes.
 
@@ -162,6 +178,7 @@ class EngineConfig:
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     device: DeviceConfig = field(default_factory=DeviceConfig)
     scheduler: SchedulerConfig = field(default_factory=SchedulerConfig)
+    execution: ExecutionConfig = field(default_factory=ExecutionConfig)
 
     @classmethod
     def from_options(cls, **options: Any) -> EngineConfig:
@@ -218,6 +235,9 @@ class EngineConfig:
             ("seed", self.model.seed),
         ):
             _require_whole(option, value, 0)
+        _require_text("state_mixers", self.execution.state_mixers)
+        for option in ("compile_layers", "cuda_graphs", "async_scheduling"):
+            _require_switch(option, getattr(self.execution, option))
         share = cache.memory_fraction
         if isinstance(share, bool) or not isinstance(share, (int, float)) or not 0 < share <= 1:
             raise ConfigError(
@@ -248,6 +268,18 @@ def _require_whole(option: str, value: int, least: int) -> None:
     if isinstance(value, bool) or not isinstance(value, int) or value < least:
         words = "a whole number above zero" if least else "a whole number from 0"
         raise ConfigError(f"{option} {value!r} must be {words}", option=option, value=value, expected=words)
+
+
+def _require_text(option: str, value: object) -> None:
+    if not isinstance(value, str) or not value:
+        raise ConfigError(f"{option} {value!r} is no name", option=option, value=value, expected="a name, or auto")
+
+
+def _require_switch(option: str, value: object) -> None:
+    if value is not None and not isinstance(value, bool):
+        raise ConfigError(
+            f"{option} {value!r} is neither on nor off", option=option, value=value, expected=[True, False, None]
+        )
 
 
 def _require_layers(option: str, value: object) -> None:
