@@ -14,6 +14,7 @@ from makeready.cache.allocation import allocate
 from makeready.config import EngineConfig
 from makeready.errors import BlockSizeError, CapacityError, ConfigError, MakereadyError
 from makeready.hybrid.model_specs import read_model
+from makeready.platforms.cpu import CPU
 from makeready.platforms.cuda import CUDA
 from makeready.platforms.plan import Plan
 from makeready.platforms.planning import plan_model
@@ -51,7 +52,7 @@ def planned_case(case) -> Plan:
     backend = kernels(case)
     return plan_model(
         model,
-        CUDA,
+        CPU if case["platform"] == "cpu" else CUDA,
         {layer.layer: backend for layer in model.attention_layers},
         config,
         preferred_block_sizes={"kernels": case["preferred"]},
@@ -81,8 +82,8 @@ def test_every_case_is_planned_or_refused_as_vllm_does():
         if theirs is None or ours != {**theirs, "groups": groups}:
             different.append((number, case["error"] or ours))
     assert different == []
-    assert len(found) == 1540
-    assert refused == sum(case["error"] is not None for case in found) == 42
+    assert len(found) == 1967
+    assert refused == sum(case["error"] is not None for case in found) == 49
 
 
 def vllm(*skip, stored="fp8", model=NANO, **options):
@@ -129,6 +130,15 @@ def test_layers_of_full_attention_alone_share_one_group_and_keep_their_pages():
     assert plan.strategy.waste_estimate == pytest.approx(1 - 1000 / 1024)
     with pytest.raises(ConfigError, match="layers of several page sizes in one block"):
         layout_of(plan, "NHD", 100)
+
+
+def test_on_a_cpu_blocks_do_not_grow():
+    plan = makeready.plan(
+        "Qwen/Qwen3-8B", platform="cpu", backend="cpu_attn", kv_cache_dtype="fp8", kv_cache_dtype_skip_layers=(0,),
+        block_size=32,
+    )  # fmt: skip
+    assert plan.block_size == 32
+    assert not any("grows" in why for why in plan.reasons)
 
 
 def test_a_users_block_is_refused_where_vllm_would_replace_it():

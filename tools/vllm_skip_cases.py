@@ -24,6 +24,7 @@ import torch
 import vllm.model_executor.layers.mamba.abstract as mamba
 import vllm.model_executor.models as models
 from vllm.model_executor.layers.attention.attention import Attention
+from vllm.platforms.cpu import CpuPlatform
 from vllm.platforms.interface import Platform
 from vllm.utils.torch_utils import STR_DTYPE_TO_TORCH_DTYPE, get_dtype_size
 from vllm.v1.attention.backend import AttentionType, MultipleOf
@@ -46,8 +47,10 @@ Case = dict[str, Any]
 DTYPES = (
     "fp8", "nvfp4", "int8_per_token_head", "fp8_per_token_head", "int4_per_token_head", "fp8_ds_mla", "nvfp4_ds_mla"
 )  # fmt: skip
-KERNELS: tuple[tuple[list[str | int], int], ...] = ((["*16"], 16), ([16, 32, 64], 16), ([64], 64), (["*64"], 64))
-"""Kernel blocks (``*16``: any multiple of 16) and the size preferred from 16."""
+KERNELS: tuple[tuple[list[str | int], int, str], ...] = (
+    (["*16"], 16, "cuda"), ([16, 32, 64], 16, "cuda"), ([64], 64, "cuda"), (["*64"], 64, "cuda"), (["*32"], 128, "cpu")
+)  # fmt: skip
+"""Kernel blocks (``*16``: any multiple of 16), the size preferred from the platform's default, and the platform."""
 
 
 def cases() -> list[Case]:
@@ -63,10 +66,12 @@ def cases() -> list[Case]:
                 if model.dtype != "bfloat16" or not model.attention_layers or _twofold(model):
                     continue
                 for skip in _skips(source, model):
-                    for kernels, preferred in KERNELS:
+                    for kernels, preferred, platform in KERNELS:
                         if source.random() >= 0.55:
                             mode = source.choice(("none", "align")) if model.state_layers else "none"
-                            found.append(_case(model, tp, dtype, skip, kernels, preferred, mode))
+                            found.append(
+                                _case(model, tp, dtype, skip, kernels, preferred, mode) | {"platform": platform}
+                            )
     return found
 
 
@@ -191,7 +196,7 @@ def answer(case: Case) -> Case:
         quiet = patch("vllm.config.vllm.set_current_vllm_config", lambda *given, **more: contextlib.nullcontext())
         stack.enter_context(quiet)
         try:
-            Platform.update_block_size_for_backend(config)
+            (CpuPlatform if case["platform"] == "cpu" else Platform).update_block_size_for_backend(config)
             layers = [index for index, kind in enumerate(case["layers"]) if kind != "x"]
             specs = {f"layer{index}": spec_of(case, config, backend, index) for index in layers}
             groups = planning.get_kv_cache_groups(config, specs)
