@@ -69,9 +69,8 @@ def cases() -> list[Case]:
                     for kernels, preferred, platform in KERNELS:
                         if source.random() >= 0.55:
                             mode = source.choice(("none", "align")) if model.state_layers else "none"
-                            found.append(
-                                _case(model, tp, dtype, skip, kernels, preferred, mode) | {"platform": platform}
-                            )
+                            case = _case(model, tp, dtype, skip, kernels, preferred, mode)
+                            found.append({**case, "platform": platform})
     return found
 
 
