@@ -43,7 +43,7 @@ def delta(
         )  # fmt: skip
     if batch.max_query_len > 1:
         tokens = v.shape[0]
-        chunks = chunk_table(batch, scan.tokens, tokens)
+        chunks, _ = chunk_table(batch, scan.tokens, tokens)
         pairs = torch.empty(2, tokens, heads, scan.tokens, dtype=v.dtype, device=v.device)
         lines = torch.empty(3, heads, tokens, dtype=torch.float32, device=v.device)
         blocks = {"BLOCK_K": power_of_two(size, 16), "BLOCK_L": scan.tokens}
