@@ -42,7 +42,7 @@ def causal_conv(
             *tensors, channels, *strides, **constants, PACKED=batch.decode_only, num_warps=4
         )
     if batch.max_query_len > 1:
-        chunks = chunk_table(batch, _TOKENS, x.shape[0])
+        chunks, _ = chunk_table(batch, _TOKENS, x.shape[0])
         conv_chunk[(chunks.shape[0], across)](
             *tensors, chunks, batch.num_requests, channels, *strides, **constants, BLOCK_T=_TOKENS, num_warps=4
         )
