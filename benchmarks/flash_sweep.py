@@ -38,6 +38,10 @@ class Case:
         self.bytes = sum(n for n in seq) * hk * d * 2 * 2
         self.flops = sum(4 * hq * d * (q * (n - q) + q * (q + 1) / 2) for n, q in zip(seq, qlens))
 
+    def fp8(self):
+        self.k, self.v = (x.float().clamp(-400, 400).to(torch.float8_e4m3fn) for x in (self.k, self.v)); self.bytes //= 2
+        return self
+
     def expected(self, samples=48):
         rows, outs = [], []
         g = torch.Generator().manual_seed(1); starts = [0]
@@ -74,16 +78,16 @@ CASES = {
 
 class Decode:
     def __init__(self, case, **v):
-        self.c = case; self.cfg = DecodeConfig(**{k: (bool(x) if k in ("swap", "evict") else x) for k, x in v.items()})
+        self.c = case; v = dict(v); self.queries = v.pop('queries', 1); self.cfg = DecodeConfig(**{k: (bool(x) if k in ("swap", "evict") else x) for k, x in v.items()})
         self.out = torch.full_like(case.q, float("nan")); self.plan()
-    def plan(self): self.work = plan_decode(self.c.step, self.c.shape, self.cfg, SMS, fewest=1, queries=1, window=None)
+    def plan(self): self.work = plan_decode(self.c.step, self.c.shape, self.cfg, SMS, fewest=1, queries=self.queries, window=None)
     def run(self):
         c = self.c
         decode(self.out, None, c.q, c.k, c.v, c.step, c.shape, self.work, c.call); return self.out
 
 class Prefill:
     def __init__(self, case, **v):
-        self.c = case; v = dict(v); self.cfg = PrefillConfig(**{**v, "specialised": bool(v.get("specialised"))})
+        self.c = case; self.cfg = PrefillConfig(**v)
         self.out = torch.full_like(case.q, float("nan"))
         self.work = plan_prefill(case.step, case.shape, self.cfg, fewest=2)
         self.dec = Decode(case, tile=64, warps=4, stages=3, swap=1, programs=2) if min(case.qlens) == 1 else None
@@ -103,41 +107,36 @@ class FA3:
         self.f(c.q, c.k, c.v, max(c.qlens), c.qs, max(c.seq), seqused_k=c.lens, softmax_scale=c.scale, causal=True, block_table=c.table, out=self.out, fa_version=3)
         return self.out
 
-def decode_variants(d=128):
-    for tile in (32, 64, 128):
-        for warps in (2, 4, 8):
-            for stages in (2, 3, 4, 5):
-                for swap in (1, 0):
-                    bufs = stages - 1 + swap
-                    if tile * d * 4 * bufs > 222 * 1024 or tile * d * 4 * bufs < 48 * 1024: continue
-                    if swap and (tile < 64 or warps not in (4, 8) or warps * 16 > tile): continue
-                    if (warps == 8 and tile < 128) or (warps == 2 and tile > 64): continue
-                    fit = max(1, 222 * 1024 // (tile * d * 4 * bufs))
-                    for programs in sorted({fit, 2 * fit, 3 * fit, 4 * fit, 8} if swap or d > 128 else {fit, 2 * fit}):
-                        yield dict(tile=tile, warps=warps, stages=stages, swap=swap, programs=programs)
-                        if swap:
-                            if tile == 64: yield dict(tile=tile, warps=warps, stages=stages, swap=swap, programs=programs, evict=1)
-    for fixed in (16, 32, 64):
-        for programs in (2, 4):
-            yield dict(tile=64, warps=4, stages=3, swap=1, programs=programs, fixed=fixed)
-            yield dict(tile=64, warps=4, stages=3, swap=0, programs=programs, fixed=fixed)
-            yield dict(tile=64, warps=4, stages=3, swap=0, programs=programs, fixed=fixed, rows=64)
+def D(tile, warps, stages, swap, programs, **kw): return dict(tile=tile, warps=warps, stages=stages, swap=swap, programs=programs, **kw)
+def P(m, n, w, s, source="gathered", **kw): return dict(block_m=m, block_n=n, warps=w, stages=s, source=source, **kw)
+BASE = [D(64, 4, 3, 1, 2), D(64, 4, 3, 0, 2), D(64, 4, 4, 0, 2), D(64, 2, 2, 0, 4), D(32, 2, 3, 0, 4), D(128, 4, 2, 0, 2), D(128, 8, 2, 1, 1), D(64, 4, 2, 1, 3), D(128, 4, 2, 1, 1), D(64, 4, 3, 1, 4),
+        D(64, 4, 3, 1, 2, fixed=32), D(64, 4, 3, 1, 2, fixed=64), D(64, 4, 3, 0, 2, fixed=32)]
+D256 = [D(t, w, s, sw, pr) for t in (32, 64) for w in (2, 4, 8) for s in (2, 3, 4, 5) for sw in (0, 1) for pr in (1, 2, 3)
+        if 60 <= t * (s - 1 + sw) <= 220 and t * (s - 1 + sw) * pr <= 230 and not (w == 2 and t == 64) and not (w == 8 and t == 32)] + [D(64, 4, 3, 0, 1, fixed=32), D(32, 4, 4, 0, 2, fixed=64), D(32, 2, 3, 0, 3, fixed=64)]
+D64 = [D(t, w, s, sw, pr) for t in (64, 128) for w in (2, 4) for s in (2, 3, 4) for sw in (0, 1) for pr in (2, 3, 4, 6)
+       if 80 <= t * (s - 1 + sw) * pr / 4 <= 220 and not (w == 2 and (t == 128 or sw))] + [D(64, 4, 3, 1, 4, fixed=32)]
+F8 = [D(t, w, s, sw, pr) for t in (64, 128) for w in (2, 4, 8) for s in (3, 4, 5) for sw in (0, 1) for pr in (2, 3, 4)
+      if not (sw and w == 2) and not (t == 128 and w == 2) and not (t == 64 and w == 8) and not (sw and t == 128 and w == 4) and t * 256 * (s - 1) * pr < 225000]
+PRE = [P(128, 64, 4, 2), P(64, 64, 4, 3), P(128, 128, 8, 3), P(256, 64, 8, 3, "copies"), P(128, 128, 8, 3, "copies"), P(256, 64, 8, 3, "pages"), P(128, 64, 8, 3, "pages"), P(128, 64, 4, 2, "pages"), P(64, 64, 4, 3, "pages"), P(128, 128, 8, 2, "pages"),
+       P(64, 64, 4, 4, "pages"), P(128, 64, 8, 3, "pages", fixed=32), P(128, 64, 8, 3, "gathered", fixed=32), P(64, 64, 4, 3, "gathered", fixed=32), P(128, 64, 8, 2, "gathered", fixed=32)]
+TILES = [P(128, 64, 4, 2, "page tiles"), P(64, 64, 4, 3, "page tiles")]
+P256 = [P(64, 64, 4, 2), P(128, 64, 8, 2), P(128, 32, 8, 3), P(64, 32, 4, 3), P(64, 32, 4, 2), P(128, 32, 8, 2), P(64, 64, 4, 1), P(128, 64, 8, 2, "pages"), P(64, 64, 4, 2, "pages"), P(64, 32, 4, 3, "pages"), P(128, 32, 8, 3, "pages"),
+        P(128, 64, 8, 2, fixed=32), P(64, 64, 4, 2, fixed=32), P(128, 32, 8, 3, fixed=64), P(64, 32, 4, 3, fixed=64)]
+P64 = [P(128, 128, 8, 3), P(128, 64, 4, 3), P(128, 64, 4, 2), P(64, 64, 4, 4), P(64, 128, 4, 3), P(128, 128, 4, 2), P(256, 64, 8, 3), P(256, 128, 8, 2), P(128, 128, 8, 3, "pages"), P(256, 64, 8, 3, "pages"), P(128, 64, 4, 3, "pages"), P(128, 128, 4, 2, "pages"), P(128, 64, 8, 3, fixed=32)]
+CHUNK = [P(128, 64, 4, 2), P(64, 64, 4, 3), P(64, 64, 4, 3, "pages"), P(128, 64, 8, 3, "pages"), P(256, 64, 8, 3, "pages")]
+SHORT = [D(64, 4, 3, 1, 2, queries=16), D(64, 4, 3, 0, 2, queries=16), D(64, 4, 2, 1, 2, queries=16), D(64, 8, 3, 0, 1, queries=16), P(64, 64, 4, 3, "pages")]
+LISTS = {"d64x4k_b16": BASE, "d64x8k_h2_b2112": BASE, "d64x8k_h2_b64": BASE, "d256x1k_b16": BASE, "d1x128k_b16": BASE, "d64x4k_b64": BASE, "dragged_b16": BASE, "d32x8k_d256_b544": D256,
+         "d64x8k_D64": D64, "d64x8k_fp8": F8, "p1x8k_b16": PRE, "p4x4k_b64": PRE[:5] + TILES, "m2k16k_b16": PRE[:7], "p1x8k_D256": P256, "p1x8k_D64": P64, "c8x256": CHUNK, "c8x64": CHUNK, "s8x8": SHORT, "p1x8k_D192": P256[:4]}
+CASES["d64x8k_D64"] = lambda: Case("d64x8k_D64", [8192] * 64, [1] * 64, 32, 8, 64, 16)
+CASES["d64x8k_fp8"] = lambda: Case("d64x8k_fp8", [8192] * 64, [1] * 64, 32, 8, 128, 16).fp8()
+CASES["p1x8k_D256"] = lambda: Case("p1x8k_D256", [8192], [8192], 16, 2, 256, 544)
+CASES["p1x8k_D192"] = lambda: Case("p1x8k_D192", [8192], [8192], 16, 4, 192, 64)
+CASES["p1x8k_D64"] = lambda: Case("p1x8k_D64", [8192], [8192], 32, 8, 64, 16)
+CASES["c8x256"] = lambda: Case("c8x256", [8192] * 8, [256] * 8, 32, 8, 128, 16)
+CASES["c8x64"] = lambda: Case("c8x64", [8192] * 8, [64] * 8, 32, 8, 128, 16)
+CASES["s8x8"] = lambda: Case("s8x8", [8192] * 8, [8] * 8, 32, 8, 128, 16)
 
-def prefill_variants(bs):
-    for source in ("gathered", "page tiles", "copies", "pages"):
-        for bm, bn, warps, stages in ((128, 64, 4, 2), (64, 64, 4, 3), (256, 64, 8, 3), (256, 64, 8, 4), (128, 128, 8, 3), (64, 128, 4, 2), (64, 32, 4, 4), (128, 32, 4, 3)):
-            if source == "page tiles" and bs % bn: continue
-            yield dict(block_m=bm, block_n=bn, warps=warps, stages=stages, source=source)
-    for source in ("gathered", "page tiles"):
-        for bm, bn, stages in ((128, 128, 2), (128, 64, 2), (128, 64, 3), (128, 64, 4), (64, 128, 2), (64, 64, 3), (256, 64, 2), (256, 64, 3)):
-            if source == "page tiles" and bs % bn: continue
-            yield dict(block_m=bm, block_n=bn, warps=4, stages=stages, source=source, specialised=1)
-
-def variants(name):
-    if name[0] == "d":
-        yield from decode_variants(256 if "d256_b" in name else 128)
-    else:
-        yield from prefill_variants(int(name.split("_b")[-1]))
+def variants(name): yield from LISTS[name]
 
 def make(case, v): return (Decode if "tile" in v else Prefill)(case, **v)
 
@@ -150,7 +149,7 @@ def check(shard, of):
     seen = {json.loads(x)["key"] for x in log.read_text().splitlines()} if log.exists() else set()
     f = log.open("a")
     work = []
-    for name in (os.environ.get("CASES") or "d64x4k_b16,p1x8k_b16,p4x4k_b64,d32x8k_d256_b544").split(","):
+    for name in (os.environ["CASES"].split(",") if os.environ.get("CASES") else ["d64x4k_b16", "d32x8k_d256_b544", "d64x8k_D64", "d64x8k_fp8", "p1x8k_b16", "p4x4k_b64", "p1x8k_D256", "p1x8k_D64", "s8x8", "c8x64", "p1x8k_D192"]):
         work += [(name, v) for v in variants(name)]
     case = None
     for i, (name, v) in enumerate(work):
@@ -194,17 +193,14 @@ def timeall():
     res = (OUT / "times.jsonl").open("a")
     best = {}
     t0 = time.time(); budget = float(os.environ.get("BUDGET", "100"))
-    order = (os.environ.get("TIME_CASES") or "d64x4k_b16,p1x8k_b16,d1x128k_b16,p4x4k_b64,d256x1k_b16,d64x8k_h2_b64,m2k16k_b16,d32x8k_d256_b544,d64x8k_h2_b2112,d64x4k_b64,dragged_b16,p1x8k_b128").split(",")
+    order = (os.environ.get("TIME_CASES") or ",".join(LISTS)).split(",")
     ranked = {}
     for n_case, name in enumerate(order):
         if time.time() - t0 > budget: print("out of time at", name); break
         try:
             case = CASES[name](); rows, want = case.expected()
             todo = [v for v in variants(name) if name[0] + json.dumps(v, sort_keys=True) not in badv]
-            family = "d" if name[0] == "d" else "p"
-            if family in ranked and 'd256_b' not in name and not os.environ.get("FULL"):  # later cases: the best few of the first
-                todo = [v for v in todo if json.dumps(v, sort_keys=True) in ranked[family] or v.get('source') == 'page tiles']
-            rate = (lambda ms: f"{case.bytes / ms / 1e9:.3f} TB/s") if name[0] == "d" else (lambda ms: f"{case.flops / ms / 1e9:.0f} TFLOP/s")
+            rate = (lambda ms: f"{case.bytes / ms / 1e9:.3f} TB/s") if name[0] in "ds" else (lambda ms: f"{case.flops / ms / 1e9:.0f} TFLOP/s")
             fa = None
             try:
                 fa3 = FA3(case); out = fa3.run(); e = ((out[rows].float() - want).norm() / want.norm()).item(); fa = bench(fa3.run)
@@ -216,13 +212,12 @@ def timeall():
                 if time.time() - t0 > budget: break
                 try:
                     x = make(case, v); out = x.run(); torch.cuda.synchronize(); e = ((out[rows].float() - want).norm() / want.norm()).item()
-                    ms = bench(x.run, 12 if len(todo) > 30 else 25); got.append((ms, v, e)); res.write(json.dumps(dict(case=name, ms=ms, err=e, v=v, fa3=fa)) + "\n"); res.flush()
+                    ms = bench(x.run, 14); got.append((ms, v, e)); res.write(json.dumps(dict(case=name, ms=ms, err=e, v=v, fa3=fa)) + "\n"); res.flush()
                     del x
                 except Exception as ex: print("   failed", v, type(ex).__name__, str(ex)[:150], flush=True)
             got.sort(key=lambda x: x[0])
-            for ms, v, e in got[:12] + [x for x in got[12:] if x[1].get('fixed') or x[1].get('specialised')][:8]: print(f"   {ms*1e3:8.1f} us {rate(ms)} x{(fa or ms)/ms:.3f} err {e:.1e} {v}", flush=True)
+            for ms, v, e in got[:14] + [x for x in got[14:] if x[1].get('fixed')]: print(f"   {ms*1e3:8.1f} us {rate(ms)} x{(fa or ms)/ms:.3f} err {e:.1e} {v}", flush=True)
             if len(got) > 20: print("   worst", f"{got[-1][0]*1e3:.1f}", got[-1][1])
-            if len(got) > 30 and family not in ranked: ranked[family] = {json.dumps(v, sort_keys=True) for _, v, _ in got[:30]} | {json.dumps(v, sort_keys=True) for _, v, _ in got if v.get('fixed')}
             if case.dec_gather if hasattr(case, "dec_gather") else False: pass
             del case; torch.cuda.empty_cache()
         except Exception: traceback.print_exc()
@@ -282,6 +277,10 @@ def bits():
         half.step = StepMetadata(query_start=half.qs, seq_lens=half.lens, block_table=dec.table, slot_mapping=half.qs, query_lens_host=tuple(half.qlens), seq_lens_host=tuple(half.seq), block_size=16)
         print("chunked the same", source, torch.equal(Prefill(half, block_m=bm, block_n=64, warps=4, stages=2, source=source, fixed=8).run(), whole[rows]))
 
+def plans():
+    for name in ("d64x4k_b16", "d256x1k_b16", "d1x128k_b16"):
+        c = CASES[name](); x = Decode(c, **BASE[0]); print("plan", name, f"{bench(x.plan)*1e3:.1f} us", flush=True)
+
 def writes():
     from makeready.cache.write_triton import write_rows
     from makeready.cache.write import _scatter
@@ -305,4 +304,4 @@ def writes():
                 ms = bench(four(lambda i: write_rows(k[i], v[i], kc, vc, sl, elements=elements))) / 4; print(f"   {name} {elements} {ms*1e3:.1f} us, {copy/ms:.2f} of copy", flush=True)
 
 if __name__ == "__main__":
-    {"check": lambda: check(int(sys.argv[2]), int(sys.argv[3])), "time": timeall, "small": small, "bits": bits, "writes": writes}[sys.argv[1]]()
+    {"check": lambda: check(int(sys.argv[2]), int(sys.argv[3])), "time": timeall, "small": small, "bits": bits, "writes": writes, "plans": plans}[sys.argv[1]]()
