@@ -121,6 +121,26 @@ def test_fp8_keys_and_values(head_size, step):
     check(attention, case, call_of(case, key_scale=0.5, value_scale=2.0))
 
 
+@pytest.mark.parametrize("rotary", [False, True])
+@pytest.mark.parametrize("stored", [torch.bfloat16, torch.float8_e4m3fn, torch.float8_e5m2])
+def test_write_agrees_with_the_host(stored, rotary):
+    key, value = (torch.randn(333, 4, 96).bfloat16() * 300 for _ in range(2))
+    slots = torch.randperm(40 * 16)[:333]
+    slots[[0, 9, 332]] = -1
+    turned = (torch.randn(333, 32), torch.randn(333, 32)) if rotary else None
+    found = []
+    for device in ("cpu", "cuda"):
+        pages = torch.zeros(40, 16, 8, 96, dtype=stored, device=device)
+        write_kv(
+            key.to(device), value.to(device), pages[:, :, :4], pages[:, :, 4:], slots.to(device), scales=(2.0, 0.5),
+            rotary=turned and tuple(x.to(device) for x in turned),
+        )  # fmt: skip
+        found.append(pages.float().cpu())
+    near = torch.finfo(stored).eps  # the last bit may differ: the device may fuse a multiplication and an addition
+    assert ((found[0] - found[1]).abs() <= near * found[0].abs() + 1e-2).all()
+    assert (found[0] == found[1]).float().mean() > 0.99
+
+
 def test_the_top_of_a_cache_of_more_than_two_to_the_31_elements():
     heads, width, block_size, count = 8, 128, 16, 70_000
     pages = torch.empty(count, block_size, 2 * heads, width, dtype=torch.bfloat16, device=CUDA)
