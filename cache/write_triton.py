@@ -18,7 +18,7 @@ FULL_GRID = 256
 
 
 @triton.jit
-def _store_rows(  # noqa: ANN202
+def _store_rows(
     rows_ptr, cache_ptr, scale, cos_ptr, sin_ptr, token, slot, head, r_t, r_h, c_b, c_t, c_h, cs_t, limit,
     BLOCK_SIZE: tl.constexpr, HEADS: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, ROTARY: tl.constexpr,
     LIMIT: tl.constexpr, SCALED: tl.constexpr,
@@ -48,7 +48,7 @@ def _store_rows(  # noqa: ANN202
 
 
 @triton.jit(do_not_specialize=["num_tokens"])
-def write_kernel(  # noqa: ANN201
+def write_kernel(
     key_ptr, value_ptr, key_cache_ptr, value_cache_ptr, slot_ptr, k_scale, v_scale, cos_ptr, sin_ptr,
     num_tokens, k_t, k_h, v_t, v_h, kc_b, kc_t, kc_h, vc_b, vc_t, vc_h, cs_t, limit,
     BLOCK_SIZE: tl.constexpr, HEADS: tl.constexpr, HEADS_P: tl.constexpr, D: tl.constexpr, DP: tl.constexpr,

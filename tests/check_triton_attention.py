@@ -7,7 +7,6 @@ from dataclasses import replace
 
 import pytest
 import torch
-from paged_cases import make_case, step_of
 
 from makeready.attention_backends.flash.triton_kernels import configs
 from makeready.attention_backends.flash.triton_kernels.impl import TritonImpl
@@ -23,6 +22,7 @@ from makeready.attention_backends.reference.impl import ReferenceAttention
 from makeready.cache.specs import AttentionSpec
 from makeready.config import LAYOUTS, AttentionConfig
 from makeready.device import DeviceFacts
+from paged_cases import make_case, step_of
 
 CUDA = DeviceFacts(platform="cuda", device_type="cuda", compute_capability=(9, 0), compute_units=3)
 UNITS = 3

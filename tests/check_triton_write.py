@@ -2,11 +2,11 @@
 
 import pytest
 import torch
-from paged_cases import cache_views
 
 from makeready.cache.write import rotate, write_kv
 from makeready.cache.write_triton import write_rows
 from makeready.config import LAYOUTS
+from paged_cases import cache_views
 
 TOKENS, BLOCKS, BLOCK_SIZE = 37, 10, 16
 

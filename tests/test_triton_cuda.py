@@ -5,7 +5,6 @@ from importlib.util import find_spec
 
 import pytest
 import torch
-from paged_cases import make_case, step_of
 
 from makeready.attention_backends.flash.triton_kernels import TritonProvider
 from makeready.attention_backends.interface import AttentionCall, BuildRequest
@@ -14,6 +13,7 @@ from makeready.cache.specs import AttentionSpec
 from makeready.cache.write import write_kv
 from makeready.config import LAYOUTS, AttentionConfig
 from makeready.platforms.probing import probe_cuda
+from paged_cases import make_case, step_of
 
 pytestmark = [pytest.mark.cuda, pytest.mark.skipif(find_spec("triton") is None, reason="Triton is not installed")]
 CUDA = torch.device("cuda")

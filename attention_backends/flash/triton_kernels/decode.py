@@ -15,7 +15,7 @@ from .parts import combined, finite, soft_capped, with_sink
 
 
 @triton.jit(do_not_specialize=["num_requests", "programs"])
-def plan_kernel(  # noqa: ANN201
+def plan_kernel(
     seq_lens_ptr, query_start_ptr, starts_ptr, first_ptr, count_ptr, num_requests, programs,
     HK: tl.constexpr, FEWEST: tl.constexpr, QUERIES: tl.constexpr, WINDOW: tl.constexpr, UNIT: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_P: tl.constexpr,
 ):  # fmt: skip
@@ -59,7 +59,7 @@ def plan_kernel(  # noqa: ANN201
 
 
 @triton.jit(do_not_specialize=["num_requests"])
-def decode_kernel(  # noqa: ANN201
+def decode_kernel(
     out_ptr, lse_ptr, q_ptr, k_ptr, v_ptr, table_ptr, seq_lens_ptr, query_start_ptr, sinks_ptr, alibi_ptr,
     starts_ptr, first_ptr, part_ptr, part_ml_ptr, count_ptr,
     num_requests, scale, soft_cap, v_scale,
@@ -115,7 +115,7 @@ def decode_kernel(  # noqa: ANN201
                 slope = tl.load(alibi_ptr + head * G + g).to(tl.float32) * LOG2E
             table = table_ptr + r.to(tl.int64) * st_r
             m = tl.full([ROWS], float("-inf"), tl.float32)
-            l = tl.zeros([ROWS], tl.float32)  # noqa: E741
+            l = tl.zeros([ROWS], tl.float32)
             if SWAP:
                 acc = tl.zeros([DVP, ROWS], tl.float32)
             else:
@@ -167,13 +167,13 @@ def decode_kernel(  # noqa: ANN201
                     m_new = tl.maximum(m, tl.max(s, 0) * factor)
                     w = tl.exp2(s * factor - finite(m_new)[None, :])
                     alpha = tl.exp2(m - finite(m_new))
-                    l = l * alpha + tl.sum(w, 0)  # noqa: E741
+                    l = l * alpha + tl.sum(w, 0)
                     acc = tl.dot(tl.trans(v.to(q.dtype)), w.to(q.dtype), acc * alpha[None, :])
                 else:
                     m_new = tl.maximum(m, tl.max(s, 1) * factor)
                     w = tl.exp2(s * factor - finite(m_new)[:, None])
                     alpha = tl.exp2(m - finite(m_new))
-                    l = l * alpha + tl.sum(w, 1)  # noqa: E741
+                    l = l * alpha + tl.sum(w, 1)
                     acc = tl.dot(w.to(q.dtype), v.to(q.dtype), acc * alpha[:, None])
                 m = m_new
             if SWAP:
@@ -199,7 +199,7 @@ def decode_kernel(  # noqa: ANN201
                 if done:
                     tl.store(count_ptr + r * HK + head, 0)  # as the next launch expects it
                     m = tl.full([ROWS], float("-inf"), tl.float32)
-                    l = tl.zeros([ROWS], tl.float32)  # noqa: E741
+                    l = tl.zeros([ROWS], tl.float32)
                     acc = tl.zeros([ROWS, DVP], tl.float32)
                     for other in tl.range(p0, p1 + 1, loop_unroll_factor=4):
                         if FIXED > 0:
@@ -210,11 +210,11 @@ def decode_kernel(  # noqa: ANN201
                         m1 = tl.load(ml, cache_modifier=".cg")
                         l1 = tl.load(ml + ROWS, cache_modifier=".cg")
                         acc1 = tl.load(part_ptr + slot.to(tl.int64) * (ROWS * DVP) + at, cache_modifier=".cg")
-                        m, l, acc = combined(m, l, acc, m1, l1, acc1)  # noqa: E741
+                        m, l, acc = combined(m, l, acc, m1, l1, acc1)
             if done:
                 if SINKS:
                     sink = tl.load(sinks_ptr + head * G + g).to(tl.float32) * LOG2E
-                    m, l, acc = with_sink(m, l, acc, sink)  # noqa: E741
+                    m, l, acc = with_sink(m, l, acc, sink)
                 o = acc * (v_scale / tl.where(l == 0, 1.0, l))[:, None]
                 o_row = (token + index).to(tl.int64) * so_t + (head * G + g) * so_h
                 tl.store(out_ptr + o_row[:, None] + dv[None, :], o.to(out_ptr.dtype.element_ty),
