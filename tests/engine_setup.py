@@ -49,8 +49,13 @@ def backend_named(name: str) -> AttentionBackend:
     return {"reference": ReferenceBackend, "flex": FlexBackend, "flash": FlashBackend}[name]()
 
 
-def spec_of(model: Any) -> ModelSpec:
-    return read_model(model.config.to_dict(), engine="transformers", dtype=str(model.dtype).removeprefix("torch."))
+def spec_of(model: Any, mamba_ssm_cache_dtype: str = "auto") -> ModelSpec:
+    return read_model(
+        model.config.to_dict(),
+        engine="transformers",
+        dtype=str(model.dtype).removeprefix("torch."),
+        mamba_ssm_cache_dtype=mamba_ssm_cache_dtype,
+    )
 
 
 def make_ready(
@@ -92,8 +97,8 @@ def make_ready(
 
 def planned_ready(model: Any, *, backend: str = "reference", num_blocks: int = 24, **options: Any) -> Ready:
     """The geometry that the CPU platform decides."""
-    spec = spec_of(model)
     config = EngineConfig.from_options(num_blocks=num_blocks, max_model_len=MAX_MODEL_LEN, **options)
+    spec = spec_of(model, config.cache.mamba_ssm_cache_dtype)
     one = backend_named(backend)
     chosen = dict.fromkeys((layer.layer for layer in spec.attention_layers), one)
     capabilities = {layer: backend.capabilities(DEVICE) for layer, backend in chosen.items()}
