@@ -52,6 +52,12 @@ _JSON = click.option("--json", "as_json", is_flag=True, help="Print one JSON obj
 
 _DECISIONS = _options(
     click.option("--backend", help="Attention backend for every layer: flex, flash, reference or a plugin's."),
+    click.option(
+        "--mixer-backend",
+        default="auto",
+        show_default=True,
+        help="Kernels of state layers: auto, triton, reference or a plugin's.",
+    ),
     click.option("--block-size", type=int, help="KV block size in tokens. Checked and kept, never replaced."),
     click.option(
         "--kv-cache-dtype",

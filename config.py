@@ -82,6 +82,7 @@ class AttentionConfig:
     """Which attention backend, and what it must promise."""
 
     backend: str | None = setting(None, "attention backend for every layer: flex, flash, reference, or a plugin's")
+    mixer_backend: str = setting("auto", "kernels of state layers: auto, triton, reference, or a plugin's")
     batch_invariant: bool = setting(False, "only backends whose output does not depend on the batch")
     flex_attn_block_m: int | None = setting(
         None, "flex: query rows that one kernel program computes; power of two", "tokens"

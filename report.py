@@ -55,10 +55,11 @@ def doctor_summary(report: Mapping[str, Any]) -> RenderableType:
         parts.append(_bullet(platform["verdict"], " "))
         parts += [
             _bullet(
-                f"backend {backend['name']}: {backend['reason']}",
+                f"{what} {backend['name']}: {backend['reason']}",
                 "+" if backend["available"] and platform["available"] else "-",
             )
-            for backend in platform["backends"]
+            for what, listed in (("backend", "backends"), ("mixers", "mixers"))
+            for backend in platform[listed]
         ]
     chosen = f"auto takes {report['auto']}" if report["auto"] else "auto takes no platform"
     parts += [Text(), Text(chosen, style="bold"), _bullet(report["auto_reason"])]

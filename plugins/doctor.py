@@ -23,7 +23,7 @@ from ..platforms.software import (
     triton_clash,
 )
 from .manager import Plugins
-from .records import OfferedBackend, PluginInfo
+from .records import OfferedBackend, OfferedMixer, PluginInfo
 
 SOFTWARE: tuple[str, ...] = ("torch", "transformers", "safetensors", "flash-attn", "flash-attn-3", "flash-attn-4")
 """Distributions that are shown also when they are not installed; triton's and Intel's are added."""
@@ -31,7 +31,7 @@ SOFTWARE: tuple[str, ...] = ("torch", "transformers", "safetensors", "flash-attn
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class BackendReport:
-    """One attention backend on one platform."""
+    """One attention backend, or one set of mixer kernels, on one platform."""
 
     name: str
     plugin: str
@@ -63,6 +63,8 @@ class PlatformReport:
     verdict: str
     """Why auto takes or refuses it."""
     backends: tuple[BackendReport, ...] = ()
+    mixers: tuple[BackendReport, ...] = ()
+    """Kernels of state layers."""
 
     def to_dict(self) -> dict[str, object]:
         """The platform as JSON-ready values."""
@@ -75,6 +77,7 @@ class PlatformReport:
             "chosen": self.chosen,
             "verdict": self.verdict,
             "backends": [backend.to_dict() for backend in self.backends],
+            "mixers": [backend.to_dict() for backend in self.mixers],
         }
 
 
@@ -125,7 +128,7 @@ def examine(plugins: Plugins) -> DoctorReport:
     backend_problems: list[PluginProblem] = []
     for provider in auto_order(plugins.providers):
         probe = probes[provider.name]
-        backends, problems = _backends(plugins, provider, probe)
+        backends, mixers, problems = _backends(plugins, provider, probe)
         backend_problems += problems
         platforms.append(
             PlatformReport(
@@ -135,6 +138,7 @@ def examine(plugins: Plugins) -> DoctorReport:
                 chosen=provider.name == auto,
                 verdict=verdicts.get(provider.name, probe.reason),
                 backends=backends,
+                mixers=mixers,
             )
         )
     return DoctorReport(
@@ -190,13 +194,28 @@ def _auto(
 
 def _backends(
     plugins: Plugins, provider: PlatformProvider, probe: ProbeResult
-) -> tuple[tuple[BackendReport, ...], tuple[PluginProblem, ...]]:
+) -> tuple[tuple[BackendReport, ...], tuple[BackendReport, ...], tuple[PluginProblem, ...]]:
+    """Attention backends, kernels of state layers, and plugins that could not name theirs."""
     device = probe.devices[0] if probe.devices else _planned_device(provider)
     offers = plugins.attention_backends(device)
-    return tuple(_backend(offer, device) for offer in offers.offered), offers.problems
+    mixers = plugins.mixer_backends(device)
+    return (
+        tuple(_backend(offer, device) for offer in offers.offered),
+        tuple(_mixer(offer, device) for offer in mixers.offered),
+        (*offers.problems, *mixers.problems),
+    )
 
 
-def _backend(offer: OfferedBackend, device: DeviceFacts) -> BackendReport:
+def _mixer(offer: OfferedMixer, device: DeviceFacts) -> BackendReport:
+    """As for attention, and not available where the kernels have nothing for the device."""
+    report = _backend(offer, device)
+    if report.available and not offer.backend.capabilities(device).dtypes:
+        reason = f"{report.name} has no kernels for {device.platform}"
+        return replace(report, available=False, reason=reason)
+    return report
+
+
+def _backend(offer: OfferedBackend | OfferedMixer, device: DeviceFacts) -> BackendReport:
     try:
         probe = offer.backend.probe(device)
     except Exception as error:  # a vendor's probe that breaks its contract is shown, it does not end the report
@@ -224,9 +243,7 @@ def _only_planned(probes: dict[str, ProbeResult], problems: Sequence[PluginProbl
             if broken is not None:
                 reason = f"{name} can be planned for; its wheel is installed and broken: {broken.exception}"
             probe = ProbeResult(available=False, reason=reason)
-            reports.append(
-                PlatformReport(name=name, distribution=None, probe=probe, chosen=False, verdict=reason)
-            )
+            reports.append(PlatformReport(name=name, distribution=None, probe=probe, chosen=False, verdict=reason))
     return reports
 
 
