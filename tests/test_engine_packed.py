@@ -74,7 +74,7 @@ def test_states_may_be_stored_in_fewer_bits(family, monkeypatch):
     """Kernels compute in float32 whatever the pages hold; the model's own code would refuse."""
     options = {"mamba_ssm_cache_dtype": "bfloat16"}
     model, tokens, _ = stock(family)
-    ready = planned_ready(model, state_mixers="reference", **options)
+    ready = planned_ready(model, packed_steps=True, **options)
     engine = TransformersEngine(model, None, ready)
     try:
         found = engine.generate(prompts(), PARAMS)

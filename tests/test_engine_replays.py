@@ -65,7 +65,7 @@ def test_dummy_runs_write_nothing_but_the_null_block(family, dense, monkeypatch)
 def test_a_new_request_does_not_meet_the_state_of_a_finished_one(family, poisoned):
     """The same block, not cleared in between: kernels know who is fresh (vllm#56524, ik_llama.cpp#1932)."""
     model, tokens, _ = stock(family)
-    ready = make_ready(model, state_mixers="reference", max_num_seqs=1)
+    ready = make_ready(model, packed_steps=True, max_num_seqs=1)
     engine = TransformersEngine(model, None, ready, poison_freed=poisoned)
     groups = [group.index for group in ready.groups if group.is_state]
     held: list[tuple[int, ...]] = []
@@ -98,7 +98,7 @@ def test_a_short_prompt_beside_long_ones_holds_little_and_runs_at_once(family):
         model.generate(torch.tensor([prompt]), max_new_tokens=8, do_sample=False, eos_token_id=-1)[0, len(prompt) :]
         for prompt in asked
     ]
-    ready = planned_ready(model, num_blocks=200, state_mixers="reference", max_num_batched_tokens=512)
+    ready = planned_ready(model, num_blocks=200, packed_steps=True, max_num_batched_tokens=512)
     engine = TransformersEngine(model, None, ready, poison_freed=True)
     params = SamplingParams(max_new_tokens=8, ignore_eos=True)
     try:
