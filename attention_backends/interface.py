@@ -111,6 +111,8 @@ class AttentionBackend(ABC):
     """A way to compute attention. Stateless: what it decides follows from its arguments."""
 
     name: str
+    last_choice: bool = False
+    """True if automatic choice tries it after all others: kernels of few devices."""
 
     @abstractmethod
     def capabilities(self, device: DeviceFacts) -> Capabilities:
@@ -182,6 +184,12 @@ class AttentionCall:
     soft_cap: float | None = None
     sinks: torch.Tensor | None = None
     """One logit per query head, shape (num_query_heads,)."""
+    alibi_slopes: torch.Tensor | None = None
+    """Slope of each query head, shape (num_query_heads,): times key position minus query position, on every score."""
+    key_scale: float = 1.0
+    """What the stored keys are multiplied with."""
+    value_scale: float = 1.0
+    """What the stored values are multiplied with."""
 
 
 class AttentionImpl(ABC):

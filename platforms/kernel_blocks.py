@@ -47,6 +47,11 @@ def preferred_block_size(backend: Capabilities, default: int) -> int:
     return size
 
 
+def smallest_kernel_block(backend: Capabilities) -> int:
+    """The fewest tokens that the kernel indexes at a time."""
+    return min(backend.exact_block_sizes or backend.kernel_block_sizes or (backend.kernel_block_multiple,))
+
+
 def kernel_block_size(backend: Capabilities, block_size: int) -> int:
     """What the kernel indexes: its largest fixed size that divides the block, else the whole block.
 

@@ -13,7 +13,8 @@ from ..cache.specs import AttentionSpec, LayerGroup, LayerSpec
 from ..cache.subdivided_layout import SubdividedLayout
 from ..config import LAYOUTS, EngineConfig
 from ..device import DeviceFacts, format_bytes
-from ..errors import BackendError, CapacityError
+from ..errors import BackendError, CapacityError, ConfigError
+from ..hybrid.mixers.backend import MixerBackend
 from .address_range import shortest_reach
 from .orders import common_order
 from .plan import Plan
@@ -23,6 +24,7 @@ from .stages import StagePlan
 if TYPE_CHECKING:
     from ..attention_backends.interface import AttentionImpl
     from ..cache.allocation import KVCache
+    from ..hybrid.mixers.interface import MixerKernels
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -38,6 +40,8 @@ class Ready:
     """Per attention layer (the model's layer index), the built backend; layers alike share one."""
     cleared_groups: frozenset[int]
     """Groups whose kernels touch unwritten slots: an engine clears their blocks at hand-out."""
+    mixers: MixerKernels | None = None
+    """Kernels of the state layers; ``None`` for a model that has none, or whose states mix by themselves."""
     notes: tuple[str, ...] = ()
     """What was decided after the plan (layout, allocation), and what plugins said of it."""
 
@@ -74,11 +78,16 @@ class Ready:
 
 
 def make_ready(
-    config: EngineConfig, plan: Plan, backends: Mapping[int, AttentionBackend], device: DeviceFacts
+    config: EngineConfig,
+    plan: Plan,
+    backends: Mapping[int, AttentionBackend],
+    device: DeviceFacts,
+    mixers: MixerBackend | None = None,
 ) -> Ready:
     """Carry out a plan on its device: allocate the cache, build the backends.
 
     :param backends: per attention layer the chosen backend.
+    :param mixers: the chosen kernels of state layers.
     :raises CapacityError: if the memory is not known, or the device does not give it.
     :raises BackendError: if no layout suits every backend, or one cannot be built.
     """
@@ -108,6 +117,7 @@ def make_ready(
         cache=cache,
         attention=MappingProxyType(attention),
         cleared_groups=_cleared(plan.groups, backends, attention, device),
+        mixers=None if mixers is None else mixers.build(device),
         notes=(why, f"cache: {layout.num_blocks} blocks, {format_bytes(layout.total_bytes)}, allocated on {place}."),
     )
 
@@ -154,6 +164,14 @@ def stage_layout(stage: StagePlan, block_size: int, order: str, num_blocks: int)
     if stage.page_strategy == "subdivided":
         return SubdividedLayout(
             order=order, num_blocks=num_blocks, block_size=block_size, shape=stage.shape, groups=stage.groups
+        )
+    if stage.slots_per_block * stage.page_bytes != stage.shape.block_bytes:
+        raise ConfigError(
+            f"{stage.name} has layers of several page sizes in one block, as vLLM lays them out itself; page_strategy "
+            "subdivided lays them out here",
+            option="page_strategy",
+            value=stage.page_strategy,
+            expected="subdivided",
         )
     return CacheLayout(
         order=order,

@@ -25,7 +25,7 @@ from ..platforms.software import (
     triton_clash,
 )
 from .manager import Plugins
-from .records import OfferedBackend, PluginInfo
+from .records import OfferedBackend, OfferedMixer, PluginInfo
 
 SOFTWARE: tuple[str, ...] = ("torch", "transformers", "safetensors", "flash-attn", "flash-attn-3", "flash-attn-4")
 """Distributions that are shown also when they are not installed; triton's and Intel's are added."""
@@ -33,7 +33,7 @@ SOFTWARE: tuple[str, ...] = ("torch", "transformers", "safetensors", "flash-attn
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class BackendReport:
-    """One attention backend on one platform."""
+    """One attention backend, or one set of mixer kernels, on one platform."""
 
     name: str
     plugin: str
@@ -68,6 +68,8 @@ class PlatformReport:
     verdict: str
     """Why auto takes or refuses it."""
     backends: tuple[BackendReport, ...] = ()
+    mixers: tuple[BackendReport, ...] = ()
+    """Kernels of state layers."""
 
     def to_dict(self) -> dict[str, object]:
         """The platform as JSON-ready values."""
@@ -80,6 +82,7 @@ class PlatformReport:
             "chosen": self.chosen,
             "verdict": self.verdict,
             "backends": [backend.to_dict() for backend in self.backends],
+            "mixers": [backend.to_dict() for backend in self.mixers],
         }
 
 
@@ -131,7 +134,7 @@ def examine(plugins: Plugins) -> DoctorReport:
     for provider in auto_order(plugins.providers):
         probe = probes[provider.name]
         device = probe.devices[0] if probe.devices else _planned_device(provider.platform)
-        backends, problems = _backends(plugins, device)
+        backends, mixers, problems = _backends(plugins, device)
         backend_problems += problems
         platforms.append(
             PlatformReport(
@@ -141,6 +144,7 @@ def examine(plugins: Plugins) -> DoctorReport:
                 chosen=provider.name == auto,
                 verdict=verdicts.get(provider.name, probe.reason),
                 backends=backends,
+                mixers=mixers,
             )
         )
     return DoctorReport(
@@ -194,15 +198,34 @@ def _auto(
     return selection.provider.name, selection.reason, verdicts
 
 
-def _backends(plugins: Plugins, device: DeviceFacts) -> tuple[tuple[BackendReport, ...], tuple[PluginProblem, ...]]:
+def _backends(
+    plugins: Plugins, device: DeviceFacts
+) -> tuple[tuple[BackendReport, ...], tuple[BackendReport, ...], tuple[PluginProblem, ...]]:
+    """Attention backends, kernels of state layers, and plugins that could not name theirs."""
     offers = plugins.attention_backends(device)
-    return tuple(_backend(offer, device) for offer in offers.offered), offers.problems
+    mixers = plugins.mixer_backends(device)
+    return (
+        tuple(_backend(offer, device) for offer in offers.offered),
+        tuple(_mixer(offer, device) for offer in mixers.offered),
+        (*offers.problems, *mixers.problems),
+    )
 
 
-def _backend(offer: OfferedBackend, device: DeviceFacts) -> BackendReport:
+def _mixer(offer: OfferedMixer, device: DeviceFacts) -> BackendReport:
+    """As for attention, and not available where the kernels have nothing for the device."""
+    report = _backend(offer, device)
+    if report.available and not offer.backend.capabilities(device).dtypes:
+        reason = f"{report.name} has no kernels for {device.platform}"
+        return replace(report, available=False, reason=reason)
+    return report
+
+
+def _backend(offer: OfferedBackend | OfferedMixer, device: DeviceFacts) -> BackendReport:
     providers: tuple[ProviderFacts, ...] = ()
     try:
-        probe, providers = offer.backend.probe(device), offer.backend.providers_on(device)
+        probe = offer.backend.probe(device)
+        if isinstance(offer, OfferedBackend):
+            providers = offer.backend.providers_on(device)
     except Exception as error:  # a vendor's probe that breaks its contract is shown, it does not end the report
         probe = Probe(available=False, reason=f"its probe raised {describe_exception(error)}, which it must not")
     return BackendReport(
@@ -228,6 +251,7 @@ def _only_planned(plugins: Plugins, probes: dict[str, ProbeResult]) -> Sequence[
             reason = f"{name} can be planned for; to run on it: pip install {wheel}"
             if broken is not None:
                 reason = f"{name} can be planned for; its wheel is installed and broken: {broken.exception}"
+            backends, mixers, _ = _backends(plugins, _planned_device(platforms[name]))
             reports.append(
                 PlatformReport(
                     name=name,
@@ -235,7 +259,8 @@ def _only_planned(plugins: Plugins, probes: dict[str, ProbeResult]) -> Sequence[
                     probe=ProbeResult(available=False, reason=reason),
                     chosen=False,
                     verdict=reason,
-                    backends=_backends(plugins, _planned_device(platforms[name]))[0],
+                    backends=backends,
+                    mixers=mixers,
                 )
             )
     return reports
