@@ -136,8 +136,8 @@ def test_scales_of_k_and_v_are_folded_in_and_slopes_refused(provider):
         case.query, case.key_cache, case.value_cache, case.step, AttentionCall(scale=0.1)
     )
     torch.testing.assert_close(found, 3 * expected, rtol=1e-5, atol=1e-5)
+    slopes = AttentionCall(scale=0.2, alibi_slopes=torch.ones(4))
     with pytest.raises(BackendError, match="is not asked for ALiBi, and the layer has slopes"):
-        slopes = AttentionCall(scale=0.2, alibi_slopes=torch.ones(4))
         attention.forward(case.query, case.key_cache, case.value_cache, prepared, slopes)
 
 
