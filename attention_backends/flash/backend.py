@@ -84,7 +84,7 @@ class FlashBackend(AttentionBackend):
     def capabilities(self, device: DeviceFacts) -> Capabilities:
         """The asked provider's; else what the platform's kernels share, or what the first provider there can do.
 
-        Batch invariance is there where some provider has it; latent attention is not, engines have kernels of their own.
+        Batch invariance is there where a provider has it; latent attention is not: engines have kernels of their own.
         """
         if self.asked is None and device.device_type in POLICY:
             serving = [provider.constraints(device) for provider in self._serving(device)]
