@@ -206,6 +206,8 @@ class Report:
         self.name = name
         self.environment = environment(device)
         self.rows: list[dict[str, Any]] = []
+        self.conclusion: dict[str, Any] = {}
+        """What follows from the rows, JSON-ready; written beside them."""
         self._as_json: bool = asked.json
         self._out: Path | None = asked.out
         if not self._as_json:
@@ -224,14 +226,18 @@ class Report:
 
     def to_dict(self) -> dict[str, Any]:
         """Everything so far, JSON-ready; numbers that are not finite become strings."""
-        return {"benchmark": self.name, "environment": self.environment, "rows": [_plain(row) for row in self.rows]}
+        found = {"benchmark": self.name, "environment": self.environment, "rows": [_plain(row) for row in self.rows]}
+        return {**found, **self.conclusion} if self.conclusion else found
 
-    def finish(self) -> int:
-        """Print the whole; the exit code: 1 if any row failed."""
+    def finish(self, *, table: bool = True) -> int:
+        """Print the whole; the exit code: 1 if any row failed.
+
+        :param table: false leaves out the table of the rows.
+        """
         self._write()
         if self._as_json:
             print(json.dumps(self.to_dict(), indent=2, allow_nan=False))
-        else:
+        elif table:
             print_table(self.name, self.rows)
         return int(any("error" in row for row in self.rows))
 
