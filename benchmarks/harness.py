@@ -169,6 +169,45 @@ def time_device(
     return Timing.of([1e3 * start.elapsed_time(end) / calls for start, end in events], how)
 
 
+def time_together(
+    runs: Mapping[str, Callable[[], object]],
+    *,
+    device: str = "cuda",
+    repeats: int = 50,
+    warmup: int = 3,
+) -> dict[str, Timing]:
+    """As :func:`time_device` of each, in turns: one replay of every run, then the next of every run.
+
+    A device that is at its power limit slows down as a run goes on (an H200 by 5 to 10 % within a second of prefill),
+    so that of two figures taken one after the other the second is the worse one. In turns both meet the same clocks.
+    """
+    import torch
+
+    if device == "cpu":
+        return {name: time_wall(run, repeats=repeats, warmup=warmup) for name, run in runs.items()}
+    accelerator: Any = getattr(torch, device)
+    for run in runs.values():
+        for _ in range(warmup):
+            run()
+    accelerator.synchronize()
+    captured = device == "cuda"
+    replays = {name: _captured(run, 1) if captured else _repeated(run, 1) for name, run in runs.items()}
+    spans: dict[str, list[tuple[Any, Any]]] = {name: [] for name in runs}
+    for turn in range(repeats + 1):
+        for name, replay in replays.items():
+            start, end = accelerator.Event(enable_timing=True), accelerator.Event(enable_timing=True)
+            start.record()
+            replay()
+            end.record()
+            if turn:  # the first replay of a graph uploads it
+                spans[name].append((start, end))
+    accelerator.synchronize()
+    how = "graph replay, in turns" if captured else "events, in turns"
+    return {
+        name: Timing.of([1e3 * start.elapsed_time(end) for start, end in found], how) for name, found in spans.items()
+    }
+
+
 def time_wall(run: Callable[[], object], *, repeats: int = 50, warmup: int = 3, calls: int = 1) -> Timing:
     """Microseconds of one call by the host's clock, for work that ends when the call returns."""
     for _ in range(warmup):
