@@ -71,7 +71,7 @@ def rotate(rows: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Te
     """
     half = cos.shape[-1]
     cos, sin = cos.float()[:, None], sin.float()[:, None]
-    first, second, rest = rows.float().split([half, half, rows.shape[-1] - 2 * half], dim=-1)
+    first, second, rest = rows.float().tensor_split((half, 2 * half), dim=-1)
     return torch.cat([first * cos - second * sin, second * cos + first * sin, rest], dim=-1).to(rows.dtype)
 
 

@@ -103,9 +103,7 @@ FEATURES = {
 @pytest.mark.parametrize("feature", FEATURES)
 def test_features(feature, step, head_size, invariant):
     lens, queries = STEPS[step]
-    case = make_case(
-        lens, queries, heads=(8, 2), head_size=head_size, dtype=torch.float16, device=CUDA, clear=False
-    )
+    case = make_case(lens, queries, heads=(8, 2), head_size=head_size, dtype=torch.float16, device=CUDA, clear=False)
     numbers = {name: x.to(CUDA) if isinstance(x, torch.Tensor) else x for name, x in FEATURES[feature].items()}
     check(build((8, 2), head_size, 16, dtype=torch.float16, invariant=invariant), case, call_of(case, **numbers))
 
@@ -188,9 +186,7 @@ def test_a_captured_decode_follows_its_tensors(invariant):
         graph.replay()
         real = [i for i, length in enumerate(now) if length]
         exact = replace(case, step=replace(case.step, seq_lens_host=tuple(n or 1 for n in now)))
-        expected = ReferenceAttention().forward(
-            case.query.float(), case.key_cache, case.value_cache, exact.step, call
-        )
+        expected = ReferenceAttention().forward(case.query.float(), case.key_cache, case.value_cache, exact.step, call)
         assert output.isfinite().all()
         if real:
             assert (output[real].float() - expected[real]).norm() < 5e-3 * expected[real].norm()

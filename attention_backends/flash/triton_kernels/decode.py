@@ -17,13 +17,14 @@ from .parts import combined, finite, soft_capped, with_sink
 @triton.jit(do_not_specialize=["num_requests", "programs"])
 def plan_kernel(
     seq_lens_ptr, query_start_ptr, starts_ptr, first_ptr, count_ptr, num_requests, programs,
-    HK: tl.constexpr, FEWEST: tl.constexpr, QUERIES: tl.constexpr, WINDOW: tl.constexpr, UNIT: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_P: tl.constexpr,
+    HK: tl.constexpr, FEWEST: tl.constexpr, QUERIES: tl.constexpr, WINDOW: tl.constexpr, UNIT: tl.constexpr,
+    BLOCK_B: tl.constexpr, BLOCK_P: tl.constexpr,
 ):  # fmt: skip
-    """One program. ``starts[r]``: units before request ``r``; ``starts[num_requests + 1]``: units of a share;
-    ``first[p]``: the request in which share ``p`` begins.
+    """One program, which makes the plan that decode follows.
 
-    A unit is UNIT tokens. A request of FEWEST to QUERIES query tokens has at least one, so that its rows are
-    written; any other has none. The counts of arrivals start at zero.
+    ``starts[r]``: units before request ``r``; ``starts[num_requests + 1]``: units of a share; ``first[p]``: the
+    request in which share ``p`` begins. A unit is UNIT tokens. A request of FEWEST to QUERIES query tokens has at
+    least one, so that its rows are written; any other has none. The counts of arrivals start at zero.
     """
     total = 0
     longest = 1
@@ -44,7 +45,8 @@ def plan_kernel(
             tl.store(count_ptr + r * HK + head, 0, mask=ok)
     share = tl.maximum(tl.cdiv(total, programs), 1)
     # A little more, if the longest requests are whole shares then, or shares whole requests: fewer pieces to add up.
-    fitting = tl.where(share < longest, tl.cdiv(longest, tl.maximum(longest // share, 1)), tl.cdiv(share, longest) * longest)
+    part_of_one = tl.cdiv(longest, tl.maximum(longest // share, 1))
+    fitting = tl.where(share < longest, part_of_one, tl.cdiv(share, longest) * longest)
     share = tl.where(fitting * 16 <= share * 17, fitting, share)
     tl.store(starts_ptr + num_requests + 1, share)
     tl.debug_barrier()
@@ -115,11 +117,8 @@ def decode_kernel(
                 slope = tl.load(alibi_ptr + head * G + g).to(tl.float32) * LOG2E
             table = table_ptr + r.to(tl.int64) * st_r
             m = tl.full([ROWS], float("-inf"), tl.float32)
-            l = tl.zeros([ROWS], tl.float32)
-            if SWAP:
-                acc = tl.zeros([DVP, ROWS], tl.float32)
-            else:
-                acc = tl.zeros([ROWS, DVP], tl.float32)
+            norm = tl.zeros([ROWS], tl.float32)
+            acc = tl.zeros([DVP, ROWS] if SWAP else [ROWS, DVP], tl.float32)
             ahead = lo + tl.arange(0, TILE)
             ids = tl.load(table + ahead // BLOCK_SIZE, mask=ahead < length, other=0)
             for start in tl.range(lo, hi, TILE, num_stages=STAGES):
@@ -167,13 +166,13 @@ def decode_kernel(
                     m_new = tl.maximum(m, tl.max(s, 0) * factor)
                     w = tl.exp2(s * factor - finite(m_new)[None, :])
                     alpha = tl.exp2(m - finite(m_new))
-                    l = l * alpha + tl.sum(w, 0)
+                    norm = norm * alpha + tl.sum(w, 0)
                     acc = tl.dot(tl.trans(v.to(q.dtype)), w.to(q.dtype), acc * alpha[None, :])
                 else:
                     m_new = tl.maximum(m, tl.max(s, 1) * factor)
                     w = tl.exp2(s * factor - finite(m_new)[:, None])
                     alpha = tl.exp2(m - finite(m_new))
-                    l = l * alpha + tl.sum(w, 1)
+                    norm = norm * alpha + tl.sum(w, 1)
                     acc = tl.dot(w.to(q.dtype), v.to(q.dtype), acc * alpha[:, None])
                 m = m_new
             if SWAP:
@@ -192,14 +191,14 @@ def decode_kernel(
                 at = row[:, None] * DVP + dv[None, :]
                 tl.store(part_ptr + slot.to(tl.int64) * (ROWS * DVP) + at, acc)
                 tl.store(part_ml_ptr + slot.to(tl.int64) * (2 * ROWS) + row, m)
-                tl.store(part_ml_ptr + slot.to(tl.int64) * (2 * ROWS) + ROWS + row, l)
+                tl.store(part_ml_ptr + slot.to(tl.int64) * (2 * ROWS) + ROWS + row, norm)
                 tl.debug_barrier()  # all of the program's stores come before its arrival
                 arrived = tl.atomic_add(count_ptr + r * HK + head, 1, sem="acq_rel")
                 done = arrived == p1 - p0
                 if done:
                     tl.store(count_ptr + r * HK + head, 0)  # as the next launch expects it
                     m = tl.full([ROWS], float("-inf"), tl.float32)
-                    l = tl.zeros([ROWS], tl.float32)
+                    norm = tl.zeros([ROWS], tl.float32)
                     acc = tl.zeros([ROWS, DVP], tl.float32)
                     for other in tl.range(p0, p1 + 1, loop_unroll_factor=4):
                         if FIXED > 0:
@@ -208,19 +207,21 @@ def decode_kernel(
                             slot = (other * 2 + (other * share < r_begin).to(tl.int32)) * HK + head
                         ml = part_ml_ptr + slot.to(tl.int64) * (2 * ROWS) + row
                         m1 = tl.load(ml, cache_modifier=".cg")
-                        l1 = tl.load(ml + ROWS, cache_modifier=".cg")
+                        norm1 = tl.load(ml + ROWS, cache_modifier=".cg")
                         acc1 = tl.load(part_ptr + slot.to(tl.int64) * (ROWS * DVP) + at, cache_modifier=".cg")
-                        m, l, acc = combined(m, l, acc, m1, l1, acc1)
+                        m, norm, acc = combined(m, norm, acc, m1, norm1, acc1)
             if done:
                 if SINKS:
                     sink = tl.load(sinks_ptr + head * G + g).to(tl.float32) * LOG2E
-                    m, l, acc = with_sink(m, l, acc, sink)
-                o = acc * (v_scale / tl.where(l == 0, 1.0, l))[:, None]
+                    m, norm, acc = with_sink(m, norm, acc, sink)
+                o = acc * (v_scale / tl.where(norm == 0, 1.0, norm))[:, None]
                 o_row = (token + index).to(tl.int64) * so_t + (head * G + g) * so_h
                 tl.store(out_ptr + o_row[:, None] + dv[None, :], o.to(out_ptr.dtype.element_ty),
                          mask=rows[:, None] & (dv < DV)[None, :])  # fmt: skip
                 if LSE:
-                    tl.store(lse_ptr + (token + index) * (HK * G) + head * G + g, (m + tl.log2(l)) / LOG2E, mask=rows)
+                    tl.store(
+                        lse_ptr + (token + index) * (HK * G) + head * G + g, (m + tl.log2(norm)) / LOG2E, mask=rows
+                    )
         t = tl.maximum(t_end, t)
         if t >= r_end:
             r += 1

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
+from torch.nn.functional import pad
 
 from ....errors import BackendError
 from ...interface import AttentionCall, AttentionImpl, BuildRequest
@@ -94,7 +95,7 @@ class TritonImpl(AttentionImpl):
         metadata: TritonStep,
         call: AttentionCall,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """As :meth:`forward`, and the natural logarithm of every row's sum, (T, Hq) float32; -inf where it saw no key."""
+        """As :meth:`forward`, and the logarithm of every row's sum, (T, Hq) float32; -inf where it saw no key."""
         lse = torch.empty(query.shape[:2], dtype=torch.float32, device=query.device)
         return self._run(query, key_cache, value_cache, metadata, call, lse), lse
 
@@ -160,9 +161,7 @@ class TritonImpl(AttentionImpl):
             prepared.works[key] = self._shared_out(prepared.step, shape, window, causal=causal, narrow=narrow)
         return prepared.works[key]
 
-    def _shared_out(
-        self, step: StepMetadata, shape: Shape, window: int | None, *, causal: bool, narrow: bool
-    ) -> Works:
+    def _shared_out(self, step: StepMetadata, shape: Shape, window: int | None, *, causal: bool, narrow: bool) -> Works:
         """One query token decodes; a few take the same kernel with more rows, if causal; the others prefill."""
         device, lens = self._request.device, step.query_lens_host
         most = short_queries(shape.group) if causal and not self._invariant else 1
@@ -179,16 +178,16 @@ class TritonImpl(AttentionImpl):
         long = [(count, length) for count, length in zip(lens, step.seq_lens_host, strict=True) if count > most]
         if not long:
             return Works(tuple(decodes), None)
-        config = self._configs.prefill(
+        tiles = self._configs.prefill(
             device, shape.head_size, shape.head_size_v, shape.group,
             queries=sum(count for count, _ in long), keys=sum(length for _, length in long),
             block_size=step.block_size, causal=causal, narrow=narrow,
             invariant=self._invariant, max_model_len=self._request.max_model_len,
         )  # fmt: skip
-        return Works(tuple(decodes), plan_prefill(step, shape, config, fewest=most + 1))
+        return Works(tuple(decodes), plan_prefill(step, shape, tiles, fewest=most + 1))
 
 
 def _as_blocks(gathered: Sequence[torch.Tensor]) -> torch.Tensor:
     """Per request (length, Hk, D) -> (num_blocks, GATHERED_BLOCK, Hk, D), each request filled up with zeros."""
-    filled = [torch.nn.functional.pad(rows, (0, 0, 0, 0, 0, -rows.shape[0] % GATHERED_BLOCK)) for rows in gathered]
-    return torch.cat(filled).unflatten(0, (-1, GATHERED_BLOCK)).contiguous()
+    filled = torch.cat([pad(rows, (0, 0, 0, 0, 0, -rows.shape[0] % GATHERED_BLOCK)) for rows in gathered])
+    return filled.view(-1, GATHERED_BLOCK, *filled.shape[1:])

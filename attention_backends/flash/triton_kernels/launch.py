@@ -35,12 +35,12 @@ class Shape:
     @property
     def padded(self) -> int:
         """The head size as tiles have it."""
-        return max(16, triton.next_power_of_2(self.head_size))
+        return max(16, int(triton.next_power_of_2(self.head_size)))
 
     @property
     def padded_v(self) -> int:
         """The value's head size as tiles have it."""
-        return max(16, triton.next_power_of_2(self.head_size_v))
+        return max(16, int(triton.next_power_of_2(self.head_size_v)))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -20,17 +20,17 @@ def finite(m):
 
 
 @triton.jit
-def combined(m, l, acc, m1, l1, acc1):
+def combined(m, norm, acc, m1, norm1, acc1):
     """Partial sums of two sets of keys as those of their union; rows (R,), (R,), (R, Dv)."""
     m_new = tl.maximum(m, m1)
     c0 = tl.exp2(m - finite(m_new))
     c1 = tl.exp2(m1 - finite(m_new))
-    return m_new, l * c0 + l1 * c1, acc * c0[:, None] + acc1 * c1[:, None]
+    return m_new, norm * c0 + norm1 * c1, acc * c0[:, None] + acc1 * c1[:, None]
 
 
 @triton.jit
-def with_sink(m, l, acc, sink):
+def with_sink(m, norm, acc, sink):
     """One more logit a row, in units of log2(e), with no value behind it."""
     m_new = tl.maximum(m, sink)
     c0 = tl.exp2(m - m_new)
-    return m_new, l * c0 + tl.exp2(sink - m_new), acc * c0[:, None]
+    return m_new, norm * c0 + tl.exp2(sink - m_new), acc * c0[:, None]
