@@ -3,8 +3,8 @@
 Every candidate runs every case of its kind. It is compared with float32 attention first and timed by graph replay if it
 is right; one that does not compile, needs more memory than a compute unit has, or is wrong is a row with its reason and
 is never chosen. For each question that the table answers (decode or prefill, head size, query heads per KV head) the
-candidate with the lowest geometric mean of its cases' times becomes the entry, each time relative to what the present
-table gives on that case. Entries of other devices stay as they are.
+candidate with the lowest geometric mean over its cases becomes the entry: of its time relative to what the present
+table gives, replayed in turns with it. Entries of other devices stay as they are.
 
     makeready bench tune                                  # measure and show; the table stays as it is
     makeready bench tune --write                          # and write the table of the installed package
@@ -21,7 +21,7 @@ import math
 import multiprocessing
 import time
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from itertools import product
@@ -45,13 +45,22 @@ from makeready.attention_backends.flash.triton_kernels.tuned import (
 )
 from makeready.attention_backends.interface import AttentionCall, AttentionImpl, BuildRequest
 from makeready.benchmarks.attention_cases import CASES, Case, Tensors, build, expected
-from makeready.benchmarks.harness import Report, difference, parser, print_table, require_device, run_main, time_device
+from makeready.benchmarks.harness import (
+    Report,
+    difference,
+    parser,
+    print_table,
+    require_device,
+    run_main,
+    time_together,
+)
 from makeready.config import AttentionConfig
 from makeready.device import DeviceFacts
 from makeready.errors import ConfigError
 from makeready.platforms.probing import probe_cuda, probe_xpu
 
 Config = DecodeConfig | PrefillConfig
+Run = Callable[[], torch.Tensor]
 Key = tuple[str, int, int]
 """Kind, padded head size, rows: a question that the table answers for a device."""
 
@@ -86,6 +95,8 @@ class Measured:
     config: Config | None
     """``None`` for what the present table gives."""
     us: float
+    relative: float
+    """To the present table's configuration, replayed in turns; 1 for that itself."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -123,7 +134,7 @@ def candidates(case: Case) -> list[Config]:
 
 
 def best(found: Sequence[Measured], device: str, measured: str) -> tuple[Entry, ...]:
-    """Per question the configuration with the lowest geometric mean of times, relative to the present table's.
+    """Per question the configuration with the lowest geometric mean of relative times.
 
     A configuration that lacks a case which another one ran is not taken: it was wrong there, or did not compile.
     """
@@ -136,8 +147,7 @@ def best(found: Sequence[Measured], device: str, measured: str) -> tuple[Entry, 
         whole = {config: runs for config, runs in by_config.items() if config is not None and runs.keys() == names}
         if not whole:
             continue
-        fastest = {name: min(runs[name].us for runs in whole.values()) for name in names}
-        chosen = min(whole, key=lambda config: _mean(whole[config], fastest))
+        chosen = min(whole, key=lambda config: sum(math.log(one.relative) for one in whole[config].values()))
         entries.append(
             Entry(
                 kind=kind,
@@ -190,13 +200,15 @@ def _sweep(
     device = torch.device(facts.device_type)
     tensors = build(case, device, torch.bfloat16, captured=False)
     reference = expected(tensors)
+    present_run = _run(tensors, Configs(present), facts)
     found = []
     for config in (None, *candidates(case)[:: asked.sample or 1]):
         if time.monotonic() > deadline:
             break
         row: dict[str, Any] = {"case": case.name, "config": BUILT_IN if config is None else _words(config)}
         try:
-            one = _measure(tensors, config, facts, present, reference, asked.repeats, row)
+            run = present_run if config is None else _run(tensors, Forced(config), facts)
+            one = _measure(case, config, run, present_run, reference, asked.repeats, row)
         except Exception as error:  # a candidate that cannot run is a row, not the end of the sweep
             report.fail(error, **row)
             continue
@@ -209,27 +221,28 @@ def _sweep(
 
 
 def _measure(
-    tensors: Tensors,
+    case: Case,
     config: Config | None,
-    facts: DeviceFacts,
-    present: Sequence[Entry],
+    run: Run,
+    present: Run,
     reference: torch.Tensor,
     repeats: int,
     row: dict[str, Any],
 ) -> Measured | None:
     """Fill ``row``; ``None`` for a configuration that is wrong."""
-    run = _run(tensors, Configs(present) if config is None else Forced(config), facts)
     row["rms_error"] = difference(run(), reference)["rms_error"]
     if not row["rms_error"] <= TOLERANCE:
         row["error"] = f"wrong: over {TOLERANCE:.0e} against float32"
         return None
-    row["us"] = time_device(run, device=facts.device_type, repeats=repeats).median_us
-    one = Measured(tensors.case, config, row["us"])
+    timings = time_together({"": run, BUILT_IN: present}, device=reference.device.type, repeats=repeats)
+    row["us"] = timings[""].median_us
+    row["relative"] = 1.0 if config is None else row["us"] / timings[BUILT_IN].median_us
+    one = Measured(case, config, row["us"], row["relative"])
     row["figure"] = _figure(one)
     return one
 
 
-def _run(tensors: Tensors, configs: Configs, facts: DeviceFacts) -> partial[torch.Tensor]:
+def _run(tensors: Tensors, configs: Configs, facts: DeviceFacts) -> Run:
     impl = _impl(tensors, configs, facts)
     call = AttentionCall(scale=tensors.case.head_size**-0.5)
     return partial(
@@ -282,8 +295,7 @@ def _compile(work: tuple[Case, Config, DeviceFacts]) -> None:
 
 def _conclude(report: Report, entries: Sequence[Entry], found: Sequence[Measured], as_json: bool) -> int:
     """Show what was chosen beside the present table; 1 if a question is left without an answer."""
-    present = {one.case.name: one.us for one in found if one.config is None}
-    times = {(one.case.name, one.config): one.us for one in found}
+    relative = {(one.case.name, one.config): one.relative for one in found}
     chosen = [
         {
             "kind": entry.kind,
@@ -292,7 +304,7 @@ def _conclude(report: Report, entries: Sequence[Entry], found: Sequence[Measured
             "case": name,
             "chosen": _words(entry.config),
             "figure": figure,
-            "gain": present[name] / times[name, entry.config] if name in present else "not measured",
+            "gain": 1 / relative[name, entry.config],
         }
         for entry in entries
         for name, figure in entry.figures.items()
@@ -302,11 +314,6 @@ def _conclude(report: Report, entries: Sequence[Entry], found: Sequence[Measured
     if not as_json:
         print_table("chosen, and the gain over the present table", chosen)
     return int(len(entries) < len({key_of(one.case) for one in found}))
-
-
-def _mean(runs: Mapping[str, Measured], fastest: Mapping[str, float]) -> float:
-    """Logarithm of the geometric mean of times, relative to the fastest of each case."""
-    return sum(math.log(one.us / fastest[name]) for name, one in runs.items()) / len(runs)
 
 
 def _figure(one: Measured) -> str:
