@@ -52,7 +52,7 @@ def delta(
         q, k, g, beta, pairs[0], pairs[1], lines[0], lines[1:], batch.query_start, chunks,
         batch.num_requests, size, tokens, scale, *sides, *decays, *pairs.stride()[1:3],
         **shared, **blocks, CHANNELS=channels, NORMALISE=l2norm,
-        EXACT="ieee" if v.dtype == torch.float32 else "tf32x3", num_warps=4,
+        EXACT="ieee" if v.dtype == torch.float32 else "tf32x3", num_warps=2 if channels else 4,
     )  # fmt: skip
     options = {"BLOCK_V": scan.rows, "num_warps": scan.warps, "num_stages": scan.stages}
     walks = (-(-width // scan.rows), heads, batch.num_requests)

@@ -27,6 +27,8 @@ class Mamba2Tiles:
     """``rows`` of P, ``tokens`` of a chunk."""
     inner: int
     """Part of N that products over it take at once."""
+    pairs: torch.dtype = torch.float32
+    """In which the products of C and B are kept."""
 
 
 def default_tiles(width: int, size: int, dtype: torch.dtype, state_bytes: int) -> Mamba2Tiles:
@@ -39,8 +41,8 @@ def default_tiles(width: int, size: int, dtype: torch.dtype, state_bytes: int) -
     return Mamba2Tiles(
         step=step,
         chunk=128,
-        states=Tile(rows=min(64, rows), tokens=min(128, columns), warps=4, stages=2),
-        outputs=Tile(rows=min(128, rows), tokens=128, warps=8, stages=2),
+        states=Tile(rows=64, tokens=min(128, columns), warps=4, stages=2),
+        outputs=Tile(rows=min(128, max(rows, 64)), tokens=64, warps=4, stages=3),
         inner=min(64, columns),
     )
 
@@ -87,7 +89,7 @@ def mamba2(
     chunks, firsts = chunk_table(batch, length, tokens)
     count = chunks.shape[0]
     steps, totals = torch.empty(2, heads, tokens, dtype=torch.float32, device=x.device)
-    pairs = torch.empty(tokens, groups, length, dtype=torch.float32, device=x.device)
+    pairs = torch.empty(tokens, groups, length, dtype=tiles.pairs, device=x.device)
     before = torch.empty(count, heads, size, width, dtype=x.dtype, device=x.device)
     mamba2_decays[(count, -(-heads // _HEADS))](
         dt, A, dt_bias, steps, totals, batch.query_start, chunks, batch.num_requests, heads, tokens, *limits[:2],
