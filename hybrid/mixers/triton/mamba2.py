@@ -25,6 +25,8 @@ class Mamba2Tiles:
     """``rows`` of P, ``tokens`` of N."""
     outputs: Tile
     """``rows`` of P, ``tokens`` of a chunk."""
+    earlier: int
+    """Tokens before, whose outputs are added at once."""
     inner: int
     """Part of N that products over it take at once."""
     pairs: torch.dtype = torch.float32
@@ -37,12 +39,13 @@ def default_tiles(width: int, size: int, dtype: torch.dtype, state_bytes: int) -
     rows, columns = power_of_two(width, 16), power_of_two(size, 16)
     if dtype == torch.float32:
         tile = Tile(rows=min(32, rows), tokens=32)
-        return Mamba2Tiles(step=step, chunk=32, states=tile, outputs=tile, inner=min(32, columns))
+        return Mamba2Tiles(step=step, chunk=32, states=tile, outputs=tile, earlier=32, inner=min(32, columns))
     return Mamba2Tiles(
         step=step,
         chunk=128,
         states=Tile(rows=64, tokens=min(128, columns), warps=4, stages=2),
         outputs=Tile(rows=min(128, max(rows, 64)), tokens=64, warps=4, stages=3),
+        earlier=64,
         inner=min(64, columns),
     )
 
@@ -111,7 +114,7 @@ def mamba2(
     mamba2_outputs[(-(-width // tile.rows) * -(-length // tile.tokens), heads, count)](
         x, C, D, z, steps, totals, pairs, before, out, *where, chunks, batch.num_requests, width, size, tokens,
         *x.stride()[:2], *C.stride()[:2], *pairs.stride()[:2], *skips, *gates, *before.stride()[:3], *out.stride()[:2],
-        **shared, **extras, BLOCK_P=tile.rows, BLOCK_N=tiles.inner, BLOCK_T=tile.tokens, BLOCK_L=length,
+        **shared, **extras, BLOCK_P=tile.rows, BLOCK_N=tiles.inner, BLOCK_T=tile.tokens, BLOCK_J=tiles.earlier, BLOCK_L=length,
         **products(x.dtype), num_warps=tile.warps, num_stages=tile.stages,
     )  # fmt: skip
     return out
