@@ -36,7 +36,7 @@ def causal_conv(
     }
     tensors = (x, weight, bias, state, out, batch.slots, batch.fresh, batch.query_start)
     strides = (x.stride(0), *weight.stride(), *state.stride(), out.stride(0))
-    if batch.num_requests:
+    if batch.num_requests and batch.may_have_decodes:
         conv_step[(-(-channels // _STEP_CHANNELS), batch.num_requests)](
             *tensors, channels, *strides, **constants, PACKED=batch.decode_only, BLOCK_C=_STEP_CHANNELS, num_warps=4
         )

@@ -35,11 +35,12 @@ def delta(
     sides = (*q.stride()[:2], *k.stride()[:2])
     decays = (*g.stride()[:2], beta.stride(0))
     shared = {"HEADS_PER_KEY": heads // key_heads}
-    delta_step[(-(-width // step.rows), heads, batch.num_requests)](
-        q, k, v, g, beta, state, out, *where, size, width, scale, *sides, *v.stride()[:2], *decays,
-        *state.stride(), *out.stride()[:2], **shared, CHANNELS=channels, NORMALISE=l2norm, PACKED=batch.decode_only,
-        BLOCK_K=power_of_two(size), BLOCK_V=step.rows, num_warps=step.warps,
-    )  # fmt: skip
+    if batch.may_have_decodes:
+        delta_step[(-(-width // step.rows), heads, batch.num_requests)](
+            q, k, v, g, beta, state, out, *where, size, width, scale, *sides, *v.stride()[:2], *decays,
+            *state.stride(), *out.stride()[:2], **shared, CHANNELS=channels, NORMALISE=l2norm,
+            PACKED=batch.decode_only, BLOCK_K=power_of_two(size), BLOCK_V=step.rows, num_warps=step.warps,
+        )  # fmt: skip
     if batch.max_query_len <= 1:
         return out
     tokens, length = v.shape[0], scan.tokens

@@ -80,12 +80,13 @@ def mamba2(
     extras = {"HAS_D": D is not None, "HAS_Z": z is not None}
     times = {"HAS_BIAS": dt_bias is not None, "SOFTPLUS": dt_softplus}
     step = tiles.step
-    mamba2_step[(-(-width // step.rows), heads, batch.num_requests)](
-        x, dt, A, B, C, D, dt_bias, z, state, out, *where, width, size, *limits,
-        *x.stride()[:2], dt.stride(0), *B.stride()[:2], *C.stride()[:2], *skips, *gates, *state.stride(),
-        *out.stride()[:2], **shared, **extras, **times,
-        PACKED=batch.decode_only, BLOCK_P=step.rows, BLOCK_N=power_of_two(size), num_warps=step.warps,
-    )  # fmt: skip
+    if batch.may_have_decodes:
+        mamba2_step[(-(-width // step.rows), heads, batch.num_requests)](
+            x, dt, A, B, C, D, dt_bias, z, state, out, *where, width, size, *limits,
+            *x.stride()[:2], dt.stride(0), *B.stride()[:2], *C.stride()[:2], *skips, *gates, *state.stride(),
+            *out.stride()[:2], **shared, **extras, **times,
+            PACKED=batch.decode_only, BLOCK_P=step.rows, BLOCK_N=power_of_two(size), num_warps=step.warps,
+        )  # fmt: skip
     if batch.max_query_len <= 1:
         return out
     tokens, length = x.shape[0], tiles.chunk
