@@ -35,11 +35,12 @@ def delta(
     sides = (*q.stride()[:2], *k.stride()[:2])
     decays = (*g.stride()[:2], beta.stride(0))
     shared = {"HEADS_PER_KEY": heads // key_heads}
-    delta_step[(-(-width // step.rows), heads, batch.num_requests)](
-        q, k, v, g, beta, state, out, *where, size, width, scale, *sides, *v.stride()[:2], *decays,
-        *state.stride(), *out.stride()[:2], **shared, CHANNELS=channels, NORMALISE=l2norm, PACKED=batch.decode_only,
-        BLOCK_K=power_of_two(size), BLOCK_V=step.rows, num_warps=step.warps,
-    )  # fmt: skip
+    if batch.may_have_decodes:
+        delta_step[(-(-width // step.rows), heads, batch.num_requests)](
+            q, k, v, g, beta, state, out, *where, size, width, scale, *sides, *v.stride()[:2], *decays,
+            *state.stride(), *out.stride()[:2], **shared, CHANNELS=channels, NORMALISE=l2norm,
+            PACKED=batch.decode_only, BLOCK_K=power_of_two(size), BLOCK_V=step.rows, num_warps=step.warps,
+        )  # fmt: skip
     if batch.max_query_len <= 1:
         return out
     tokens, length = v.shape[0], scan.tokens
@@ -52,7 +53,7 @@ def delta(
         q, k, g, beta, pairs[0], pairs[1], lines[0], lines[1:], batch.query_start, chunks,
         batch.num_requests, size, tokens, scale, *sides, *decays, *pairs.stride()[1:3],
         **shared, **blocks, CHANNELS=channels, NORMALISE=l2norm,
-        EXACT="ieee" if v.dtype == torch.float32 else "tf32x3", num_warps=4,
+        EXACT="ieee" if v.dtype == torch.float32 else "tf32x3", num_warps=2 if channels else 4,
     )  # fmt: skip
     options = {"BLOCK_V": scan.rows, "num_warps": scan.warps, "num_stages": scan.stages}
     walks = (-(-width // scan.rows), heads, batch.num_requests)

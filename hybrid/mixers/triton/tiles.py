@@ -52,4 +52,4 @@ def delta_tile(width: int, dtype: torch.dtype, channels: bool) -> Tile:
     rows = power_of_two(width, 16)
     if dtype == torch.float32:
         return Tile(rows=min(32, rows), tokens=16, warps=4)
-    return Tile(rows=min(64, rows), tokens=16 if channels else 64, warps=8 if channels else 4, stages=2)
+    return Tile(rows=64, tokens=16 if channels else 64, warps=4, stages=1 if channels else 2)

@@ -121,16 +121,23 @@ def delta_prepare(
     if CHANNELS:
         decays = tl.load(g + start * g_t + head * g_h + t[:, None] * g_t + i[None, :], mask=inside, other=0.0)
         total = tl.cumsum(decays.to(tl.float32), 0)
-        keys = key.to(tl.float32) * k_length[:, None]
-        queries = query.to(tl.float32) * q_length[:, None]
+        keys = key.to(tl.float32)
+        queries = query.to(tl.float32)
         alike = tl.zeros((BLOCK_L, BLOCK_L), tl.float32)
         seen = tl.zeros((BLOCK_L, BLOCK_L), tl.float32)
-        for other in range(BLOCK_L):  # pair by pair: a product of exp(G) and exp(-G) could overflow
-            chosen = (t == other)[:, None]
-            decay = tl.exp(tl.minimum(total - tl.sum(tl.where(chosen, total, 0.0), 0)[None, :], 0.0))
-            reached = tl.sum(tl.where(chosen, keys, 0.0), 0)[None, :] * decay
-            alike = tl.where((t == other)[None, :], tl.sum(keys * reached, 1)[:, None], alike)
-            seen = tl.where((t == other)[None, :], tl.sum(queries * reached, 1)[:, None], seen)
+        reached = tl.zeros((BLOCK_K,), tl.float32)
+        k += start * k_t + key_head * k_h + i
+        g += start * g_t + head * g_h + i
+        for other in range(tl.minimum(BLOCK_L, length)):  # pair by pair: exp(G) times exp(-G) could overflow
+            reached += tl.load(g, mask=rows, other=0.0).to(tl.float32)
+            given = tl.load(k, mask=rows, other=0.0).to(tl.float32)
+            given = given[None, :] * tl.exp(tl.minimum(total - reached[None, :], 0.0))
+            alike = tl.where((t == other)[None, :], tl.sum(keys * given, 1)[:, None], alike)
+            seen = tl.where((t == other)[None, :], tl.sum(queries * given, 1)[:, None], seen)
+            k += k_t
+            g += g_t
+        alike *= k_length[:, None] * k_length[None, :]
+        seen *= q_length[:, None] * k_length[None, :]
     else:
         total = tl.cumsum(tl.load(g + (start + t) * g_t + head * g_h, mask=valid, other=0.0).to(tl.float32), 0)
         gap = tl.exp(tl.minimum(total[:, None] - total[None, :], 0.0)) * k_length[None, :]

@@ -176,8 +176,8 @@ def mamba2_outputs(
     requests, width, size, num_tokens,
     x_t, x_h, C_t, C_g, pair_t, pair_g, D_h, D_p, z_t, z_h, before_c, before_h, before_n, out_t, out_h,
     HEADS_PER_GROUP: tl.constexpr, HAS_D: tl.constexpr, HAS_Z: tl.constexpr,
-    BLOCK_P: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_L: tl.constexpr,
-    OPERAND: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_P: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_J: tl.constexpr,
+    BLOCK_L: tl.constexpr, OPERAND: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """BLOCK_T tokens of one chunk, one head, BLOCK_P columns: what the state before the chunk and its tokens give."""
     chunk = tl.program_id(2)
@@ -221,8 +221,8 @@ def mamba2_outputs(
             )
             y = tl.dot(c.to(OPERAND), s.to(OPERAND), acc=y, input_precision=PRECISION)
         y *= tl.exp2(total)[:, None]
-    j = tl.arange(0, BLOCK_T)
-    for other in range(0, first + BLOCK_T, BLOCK_T):
+    j = tl.arange(0, BLOCK_J)
+    for other in range(0, tl.minimum(first + BLOCK_T, length), BLOCK_J):
         given = other + j
         here = given < length
         weight = tl.load(
