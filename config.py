@@ -11,6 +11,7 @@ from .errors import ConfigError
 
 MambaCacheMode = Literal["none", "align", "all"]
 PAGE_STRATEGIES: tuple[str, ...] = ("unified", "subdivided")
+MAMBA_BACKENDS: tuple[str, ...] = ("triton", "flashinfer")
 MAMBA_CACHE_MODES: tuple[str, ...] = ("none", "align", "all")
 DTYPES: tuple[str, ...] = ("float32", "bfloat16", "float16")
 KV_CACHE_DTYPES: tuple[str, ...] = (
@@ -69,8 +70,23 @@ class CacheConfig:
     )
     mamba_cache_dtype: str = setting("auto", "dtype of convolution states; auto takes the model's")
     mamba_ssm_cache_dtype: str = setting("auto", "dtype of recurrent states; auto asks the family's rule")
+    use_replayssm: bool = setting(
+        False, "count vLLM's ReplaySSM: rings of recent inputs in every mamba2 state page (nemotron_h)"
+    )
+    replayssm_buffer_len: int = setting(16, "history of a ReplaySSM ring; flashinfer takes 16 at most", "tokens")
+    mamba_backend: str = setting(
+        "triton", "whose mamba2 kernels read ReplaySSM rings: triton, or flashinfer, whose rings are longer"
+    )
     mamba_prefill_checkpoint_alignment: int | None = setting(
         None, "where prefill kernels can keep a state (align, all): blocks become a multiple of it", "tokens"
+    )
+    mla_page_alignment: int | None = setting(
+        None, "pages of latents (MLA) are a multiple of this; vLLM's DeepSeek-V4 kernels: 576 packed, else 512", "bytes"
+    )
+    extra_retained_tokens: int = setting(
+        0,
+        "tokens below a sliding window whose blocks stay, with free_out_of_window (multi-module MTP: drafts - 1)",
+        "tokens",
     )
     free_out_of_window: bool = setting(
         False, "count for an engine that returns blocks which have left a sliding window while a request runs"
@@ -82,6 +98,9 @@ class AttentionConfig:
     """Which attention backend, and what it must promise."""
 
     backend: str | None = setting(None, "attention backend for every layer: flex, flash, reference, or a plugin's")
+    flash_provider: str | None = setting(
+        None, "flash: whose kernels (makeready doctor lists them); used or refused; None takes the first that can serve"
+    )
     mixer_backend: str = setting("auto", "kernels of state layers: auto, triton, reference, or a plugin's")
     batch_invariant: bool = setting(False, "only backends whose output does not depend on the batch")
     flex_attn_block_m: int | None = setting(
@@ -96,6 +115,11 @@ class AttentionConfig:
     flex_attn_kv_block_size: int | None = setting(
         None, "flex: KV block of the block mask; power of two, multiple of flex_attn_block_n", "tokens"
     )
+
+    @property
+    def asked_backend(self) -> str | None:
+        """The one backend that the user named, himself or by its provider."""
+        return "flash" if self.backend is None and self.flash_provider is not None else self.backend
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -183,6 +207,8 @@ class EngineConfig:
             ("block_size", cache.block_size),
             ("mamba_block_size", cache.mamba_block_size),
             ("mamba_prefill_checkpoint_alignment", cache.mamba_prefill_checkpoint_alignment),
+            ("replayssm_buffer_len", cache.replayssm_buffer_len),
+            ("mla_page_alignment", cache.mla_page_alignment),
             ("num_blocks", cache.num_blocks),
             ("memory_bytes", cache.memory_bytes),
             ("device_memory_bytes", self.device.device_memory_bytes),
@@ -199,10 +225,12 @@ class EngineConfig:
         _require_one_of("page_strategy", cache.page_strategy, ("auto", *PAGE_STRATEGIES))
         _require_one_of("layout", cache.layout, ("auto", *LAYOUTS))
         _require_one_of("mamba_cache_mode", cache.mamba_cache_mode, MAMBA_CACHE_MODES)
+        _require_one_of("mamba_backend", cache.mamba_backend, MAMBA_BACKENDS)
         _require_one_of("mamba_cache_dtype", cache.mamba_cache_dtype, ("auto", *DTYPES))
         _require_one_of("mamba_ssm_cache_dtype", cache.mamba_ssm_cache_dtype, ("auto", *DTYPES))
         for option, value in (
             ("num_speculative_tokens", scheduler.num_speculative_tokens),
+            ("extra_retained_tokens", cache.extra_retained_tokens),
             ("device_index", self.device.device_index),
             ("seed", self.model.seed),
         ):
@@ -218,6 +246,14 @@ class EngineConfig:
                 expected="0 < memory_fraction <= 1",
             )
         _require_layers("kv_cache_dtype_skip_layers", cache.kv_cache_dtype_skip_layers)
+        if attention.flash_provider is not None and attention.backend not in (None, "flash"):
+            raise ConfigError(
+                f"flash_provider {attention.flash_provider!r} is a provider of flash, and backend "
+                f"{attention.backend!r} is asked; leave one of them out",
+                option="flash_provider",
+                value=attention.flash_provider,
+                expected=None,
+            )
         _check_flex_blocks(attention)
         return self
 

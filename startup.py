@@ -18,6 +18,7 @@ from .errors import ConfigError, PlatformError, PluginError
 from .hybrid.mixers.backend import MixerBackend
 from .hybrid.mixers.selection import ModelMixers, choose_mixers, mixer_requests
 from .hybrid.model_specs import ModelSpec, read_model
+from .hybrid.replay_rings import Replay
 from .platforms.backends import choose_backends
 from .platforms.interface import Platform
 from .platforms.known import plannable_platforms
@@ -222,7 +223,20 @@ def _read(config: EngineConfig, engine: str) -> ModelSpec:
         mamba_cache_dtype=cache.mamba_cache_dtype,
         mamba_ssm_cache_dtype=cache.mamba_ssm_cache_dtype,
         num_speculative_tokens=config.scheduler.num_speculative_tokens,
+        replay=_replay(config),
+        mla_page_alignment=cache.mla_page_alignment,
         dtype=config.model.dtype,
+    )
+
+
+def _replay(config: EngineConfig) -> Replay | None:
+    cache = config.cache
+    if not cache.use_replayssm:
+        return None
+    return Replay(
+        buffer_len=cache.replayssm_buffer_len,
+        backend=cache.mamba_backend,
+        mamba_cache_mode=cache.mamba_cache_mode,
     )
 
 
@@ -247,12 +261,12 @@ def _planned_surroundings(config: EngineConfig, plugins: Plugins, engine: str) -
     )
     offers = plugins.attention_backends(device)
     mixers = plugins.mixer_backends(device)
-    _require_offered(config.attention.backend, offers, auto_may_choose=True)
+    _require_offered(config.attention.asked_backend, offers, auto_may_choose=True)
     return _Surroundings(
         platform=replace(platform, backend_order=platform.planned_order),
         device=device,
         plugins=plugins,
-        backends=(*(offer.backend for offer in offers.offered), *(vllm_backends() if engine == "vllm" else ())),
+        backends=(*_configured(offers, config, device), *(vllm_backends() if engine == "vllm" else ())),
         mixers=mixers.backends,
         probes=None,
         reasons=(f"platform: {platform.name}, as asked; planned without its device.",),
@@ -274,8 +288,8 @@ def _surroundings_here(config: EngineConfig, plugins: Plugins) -> _Surroundings:
         device = replace(device, memory_bytes=config.device.device_memory_bytes)
     offers = plugins.attention_backends(device)
     mixers = plugins.mixer_backends(device)
-    _require_offered(config.attention.backend, offers, auto_may_choose=False)
-    backends = tuple(offer.backend for offer in offers.offered)
+    _require_offered(config.attention.asked_backend, offers, auto_may_choose=False)
+    backends = _configured(offers, config, device)
     others = (candidate for candidate in chosen.candidates if not candidate.chosen)
     return _Surroundings(
         platform=chosen.provider.platform,
@@ -290,6 +304,11 @@ def _surroundings_here(config: EngineConfig, plugins: Plugins) -> _Surroundings:
             *(problem.sentence() for problem in (*plugins.problems, *offers.problems, *mixers.problems)),
         ),
     )
+
+
+def _configured(offers: BackendOffers, config: EngineConfig, device: DeviceFacts) -> tuple[AttentionBackend, ...]:
+    """The offered backends, as the user's settings make them."""
+    return tuple(offer.backend.configured(config.attention, device) for offer in offers.offered)
 
 
 def _require_offered(asked: str | None, offers: BackendOffers, *, auto_may_choose: bool) -> None:
@@ -335,7 +354,7 @@ def _decide(
         around.backends,
         around.device,
         order=around.platform.backend_order,
-        asked=config.attention.backend,
+        asked=config.attention.asked_backend,
         batch_invariant=config.attention.batch_invariant,
         probes=around.probes,
     )

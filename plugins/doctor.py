@@ -8,9 +8,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 
-from ..attention_backends.interface import Probe
+from ..attention_backends.interface import Probe, ProviderFacts
 from ..device import DeviceFacts
 from ..errors import MakereadyError
+from ..platforms.interface import Platform
+from ..platforms.known import plannable_platforms
 from ..platforms.provider import PlatformProvider, PluginProblem, ProbeResult, describe_exception
 from ..platforms.selection import WHEELS, auto_order, run_probe, select_platform
 from ..platforms.software import (
@@ -38,6 +40,8 @@ class BackendReport:
     distribution: str
     available: bool
     reason: str
+    providers: tuple[ProviderFacts, ...] = ()
+    """Libraries that could bring its kernels, best first; empty for a backend that brings its own."""
 
     def to_dict(self) -> dict[str, object]:
         """The backend as JSON-ready values."""
@@ -47,6 +51,7 @@ class BackendReport:
             "distribution": self.distribution,
             "available": self.available,
             "reason": self.reason,
+            "providers": [provider.to_dict() for provider in self.providers],
         }
 
 
@@ -128,7 +133,8 @@ def examine(plugins: Plugins) -> DoctorReport:
     backend_problems: list[PluginProblem] = []
     for provider in auto_order(plugins.providers):
         probe = probes[provider.name]
-        backends, mixers, problems = _backends(plugins, provider, probe)
+        device = probe.devices[0] if probe.devices else _planned_device(provider.platform)
+        backends, mixers, problems = _backends(plugins, device)
         backend_problems += problems
         platforms.append(
             PlatformReport(
@@ -151,7 +157,7 @@ def examine(plugins: Plugins) -> DoctorReport:
         plugins=plugins.infos,
         problems=tuple(dict.fromkeys((*plugins.problems, *probe_problems, *backend_problems))),
         disabled=plugins.disabled,
-        platforms=(*platforms, *_only_planned(probes, plugins.problems)),
+        platforms=(*platforms, *_only_planned(plugins, probes)),
         auto=auto,
         auto_reason=auto_reason,
     )
@@ -193,10 +199,9 @@ def _auto(
 
 
 def _backends(
-    plugins: Plugins, provider: PlatformProvider, probe: ProbeResult
+    plugins: Plugins, device: DeviceFacts
 ) -> tuple[tuple[BackendReport, ...], tuple[BackendReport, ...], tuple[PluginProblem, ...]]:
     """Attention backends, kernels of state layers, and plugins that could not name theirs."""
-    device = probe.devices[0] if probe.devices else _planned_device(provider)
     offers = plugins.attention_backends(device)
     mixers = plugins.mixer_backends(device)
     return (
@@ -216,8 +221,11 @@ def _mixer(offer: OfferedMixer, device: DeviceFacts) -> BackendReport:
 
 
 def _backend(offer: OfferedBackend | OfferedMixer, device: DeviceFacts) -> BackendReport:
+    providers: tuple[ProviderFacts, ...] = ()
     try:
         probe = offer.backend.probe(device)
+        if isinstance(offer, OfferedBackend):
+            providers = offer.backend.providers_on(device)
     except Exception as error:  # a vendor's probe that breaks its contract is shown, it does not end the report
         probe = Probe(available=False, reason=f"its probe raised {describe_exception(error)}, which it must not")
     return BackendReport(
@@ -226,24 +234,35 @@ def _backend(offer: OfferedBackend | OfferedMixer, device: DeviceFacts) -> Backe
         distribution=offer.distribution,
         available=probe.available,
         reason=probe.reason,
+        providers=providers,
     )
 
 
-def _planned_device(provider: PlatformProvider) -> DeviceFacts:
-    return DeviceFacts(platform=provider.name, device_type=provider.platform.device_type, present=False)
+def _planned_device(platform: Platform) -> DeviceFacts:
+    return DeviceFacts(platform=platform.name, device_type=platform.device_type, present=False)
 
 
-def _only_planned(probes: dict[str, ProbeResult], problems: Sequence[PluginProblem]) -> Sequence[PlatformReport]:
+def _only_planned(plugins: Plugins, probes: dict[str, ProbeResult]) -> Sequence[PlatformReport]:
     """Platforms that the package plans for and whose wheel is not installed."""
-    reports = []
+    reports, platforms = [], plannable_platforms(plugins.providers)
     for name, wheel in WHEELS.items():
         if name not in probes:
-            broken = next((problem for problem in problems if problem.may_provide(name)), None)
+            broken = next((problem for problem in plugins.problems if problem.may_provide(name)), None)
             reason = f"{name} can be planned for; to run on it: pip install {wheel}"
             if broken is not None:
                 reason = f"{name} can be planned for; its wheel is installed and broken: {broken.exception}"
-            probe = ProbeResult(available=False, reason=reason)
-            reports.append(PlatformReport(name=name, distribution=None, probe=probe, chosen=False, verdict=reason))
+            backends, mixers, _ = _backends(plugins, _planned_device(platforms[name]))
+            reports.append(
+                PlatformReport(
+                    name=name,
+                    distribution=None,
+                    probe=ProbeResult(available=False, reason=reason),
+                    chosen=False,
+                    verdict=reason,
+                    backends=backends,
+                    mixers=mixers,
+                )
+            )
     return reports
 
 
