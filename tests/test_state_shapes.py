@@ -86,7 +86,8 @@ def test_kernels_store_recurrent_states_as_asked_and_convolutions_as_the_model_d
     assert [state.dtype for state in spec.states] == ["float32", "bfloat16"]
     with pytest.raises(ConfigError, match="mamba_cache_dtype bfloat16 cannot be had: .* float32"):
         read_model(config, engine="transformers", dtype="float32", mamba_cache_dtype="bfloat16")
+    zaya = tiny_config("zaya").to_dict()
     with pytest.raises(ConfigError, match="mamba_ssm_cache_dtype float32 cannot be had: .* bfloat16"):
-        read_model(tiny_config("zaya").to_dict(), engine="transformers", dtype="bfloat16", mamba_ssm_cache_dtype="float32")
+        read_model(zaya, engine="transformers", dtype="bfloat16", mamba_ssm_cache_dtype="float32")
     with pytest.raises(ConfigError, match="num_speculative_tokens 2 needs an engine that speculates"):
         read_model(config, engine="transformers", num_speculative_tokens=2)
