@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from makeready.attention_backends.flex import FlexBackend
-from makeready.attention_backends.flex.kernel_options import kernel_options
+from makeready.attention_backends.flex.kernel_options import decode_options, page_options
 from makeready.attention_backends.flex.rows import Row, split_rows, visited_blocks
 from makeready.attention_backends.flex.settings import flex_settings
 from makeready.attention_backends.interface import BuildRequest

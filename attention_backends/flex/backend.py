@@ -36,6 +36,7 @@ class FlexBackend(AttentionBackend):
             head_size_multiple=1 if cpu else 16,
             max_head_size=1 << 30 if cpu else 256,
             layouts=LAYOUTS if known else (),
+            batch_invariant=device.device_type in ("cpu", "cuda"),
             sliding_window=known,
             soft_cap=known,
             # A sink rescales the output by its log-sum-exp, which the compiled CPU kernel does not return.

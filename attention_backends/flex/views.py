@@ -23,6 +23,11 @@ class FlatCache:
     """Tokens from one block's start to the next one's."""
     num_blocks: int
     block_size: int
+    wide: bool = False
+    """True if the views are longer than 32 bits can address, so that only TMA (which counts tokens) may read them."""
+
+
+INT32_ELEMENTS = 2**31 - 1
 
 
 def flatten(
@@ -48,12 +53,19 @@ def flatten(
             option="layout",
         )
     tokens = (num_blocks - 1) * strides[0] + block_size
+    if tokens > INT32_ELEMENTS:
+        raise BackendError(
+            f"the view of this layer spans {tokens} tokens, and flex addresses {INT32_ELEMENTS}",
+            option="num_blocks",
+            value=num_blocks,
+        )
     return FlatCache(
         _flat(key_cache, tokens, max_elements),
         _flat(value_cache, tokens, max_elements),
         strides[0],
         num_blocks,
         block_size,
+        max(tokens * cache.stride(1) for cache in (key_cache, value_cache)) > INT32_ELEMENTS,
     )
 
 
