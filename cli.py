@@ -52,6 +52,17 @@ _JSON = click.option("--json", "as_json", is_flag=True, help="Print one JSON obj
 
 _DECISIONS = _options(
     click.option("--backend", help="Attention backend for every layer: flex, flash, reference or a plugin's."),
+    click.option(
+        "--provider",
+        "flash_provider",
+        help="flash: whose kernels, such as fa3 or triton (doctor lists them). Used or refused, never replaced.",
+    ),
+    click.option(
+        "--mixer-backend",
+        default="auto",
+        show_default=True,
+        help="Kernels of state layers: auto, triton, reference or a plugin's.",
+    ),
     click.option("--block-size", type=int, help="KV block size in tokens. Checked and kept, never replaced."),
     click.option(
         "--kv-cache-dtype",
@@ -126,6 +137,15 @@ def cli() -> None:
     default=None,
     help="Count for an engine that returns blocks which have left a sliding window.",
 )
+@click.option("--mla-page-alignment", type=int, help="Bytes that pages of latents (MLA) are a multiple of.")
+@click.option(
+    "--use-replayssm",
+    is_flag=True,
+    default=None,
+    help="Count the rings of recent inputs that vLLM's ReplaySSM keeps beside every mamba2 state.",
+)
+@click.option("--replayssm-buffer-len", type=int, help="Tokens of history in a ReplaySSM ring; 16 by default.")
+@click.option("--mamba-backend", help="Whose kernels read ReplaySSM rings: triton (default) or flashinfer.")
 @click.option("--explain", is_flag=True, help="Add the reason of every decision.")
 @click.option(
     "--compare",

@@ -11,6 +11,7 @@ from .errors import ConfigError
 
 MambaCacheMode = Literal["none", "align", "all"]
 PAGE_STRATEGIES: tuple[str, ...] = ("unified", "subdivided")
+MAMBA_BACKENDS: tuple[str, ...] = ("triton", "flashinfer")
 MAMBA_CACHE_MODES: tuple[str, ...] = ("none", "align", "all")
 DTYPES: tuple[str, ...] = ("float32", "bfloat16", "float16")
 KV_CACHE_DTYPES: tuple[str, ...] = (
@@ -69,8 +70,23 @@ class CacheConfig:
     )
     mamba_cache_dtype: str = setting("auto", "dtype of convolution states; auto takes the model's")
     mamba_ssm_cache_dtype: str = setting("auto", "dtype of recurrent states; auto asks the family's rule")
+    use_replayssm: bool = setting(
+        False, "count vLLM's ReplaySSM: rings of recent inputs in every mamba2 state page (nemotron_h)"
+    )
+    replayssm_buffer_len: int = setting(16, "history of a ReplaySSM ring; flashinfer takes 16 at most", "tokens")
+    mamba_backend: str = setting(
+        "triton", "whose mamba2 kernels read ReplaySSM rings: triton, or flashinfer, whose rings are longer"
+    )
     mamba_prefill_checkpoint_alignment: int | None = setting(
         None, "where prefill kernels can keep a state (align, all): blocks become a multiple of it", "tokens"
+    )
+    mla_page_alignment: int | None = setting(
+        None, "pages of latents (MLA) are a multiple of this; vLLM's DeepSeek-V4 kernels: 576 packed, else 512", "bytes"
+    )
+    extra_retained_tokens: int = setting(
+        0,
+        "tokens below a sliding window whose blocks stay, with free_out_of_window (multi-module MTP: drafts - 1)",
+        "tokens",
     )
     free_out_of_window: bool = setting(
         False, "count for an engine that returns blocks which have left a sliding window while a request runs"
@@ -82,6 +98,10 @@ class AttentionConfig:
     """Which attention backend, and what it must promise."""
 
     backend: str | None = setting(None, "attention backend for every layer: flex, flash, reference, or a plugin's")
+    flash_provider: str | None = setting(
+        None, "flash: whose kernels (makeready doctor lists them); used or refused; None takes the first that can serve"
+    )
+    mixer_backend: str = setting("auto", "kernels of state layers: auto, triton, reference, or a plugin's")
     batch_invariant: bool = setting(False, "only backends whose output does not depend on the batch")
     flex_attn_block_m: int | None = setting(
         None, "flex: query rows that one kernel program computes; power of two", "tokens"
@@ -95,6 +115,11 @@ class AttentionConfig:
     flex_attn_kv_block_size: int | None = setting(
         None, "flex: KV block of the block mask; power of two, multiple of flex_attn_block_n", "tokens"
     )
+
+    @property
+    def asked_backend(self) -> str | None:
+        """The one backend that the user named, himself or by its provider."""
+        return "flash" if self.backend is None and self.flash_provider is not None else self.backend
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -125,6 +150,22 @@ class SchedulerConfig:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class ExecutionConfig:
+    """How the embedded engine runs a model's forward. None lets the engine choose and say why."""
+
+    state_mixers: str = setting(
+        "auto",
+        "what computes state layers: auto, model (the model's own code, one forward per prefill chunk), or kernels by "
+        "name (reference, triton), with all requests of a step packed into one forward",
+    )
+    compile_layers: bool | None = setting(None, "compile decoder layers; packed steps only")
+    cuda_graphs: bool | None = setting(None, "replay steps of decodes as CUDA graphs; packed steps only")
+    async_scheduling: bool | None = setting(
+        None, "prepare the next step while the device works; tokens are read one step late; packed steps only"
+    )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class EngineConfig:
     """Everything that ``prepare`` takes.
 
@@ -137,6 +178,7 @@ class EngineConfig:
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     device: DeviceConfig = field(default_factory=DeviceConfig)
     scheduler: SchedulerConfig = field(default_factory=SchedulerConfig)
+    execution: ExecutionConfig = field(default_factory=ExecutionConfig)
 
     @classmethod
     def from_options(cls, **options: Any) -> EngineConfig:
@@ -165,6 +207,8 @@ class EngineConfig:
             ("block_size", cache.block_size),
             ("mamba_block_size", cache.mamba_block_size),
             ("mamba_prefill_checkpoint_alignment", cache.mamba_prefill_checkpoint_alignment),
+            ("replayssm_buffer_len", cache.replayssm_buffer_len),
+            ("mla_page_alignment", cache.mla_page_alignment),
             ("num_blocks", cache.num_blocks),
             ("memory_bytes", cache.memory_bytes),
             ("device_memory_bytes", self.device.device_memory_bytes),
@@ -181,14 +225,19 @@ class EngineConfig:
         _require_one_of("page_strategy", cache.page_strategy, ("auto", *PAGE_STRATEGIES))
         _require_one_of("layout", cache.layout, ("auto", *LAYOUTS))
         _require_one_of("mamba_cache_mode", cache.mamba_cache_mode, MAMBA_CACHE_MODES)
+        _require_one_of("mamba_backend", cache.mamba_backend, MAMBA_BACKENDS)
         _require_one_of("mamba_cache_dtype", cache.mamba_cache_dtype, ("auto", *DTYPES))
         _require_one_of("mamba_ssm_cache_dtype", cache.mamba_ssm_cache_dtype, ("auto", *DTYPES))
         for option, value in (
             ("num_speculative_tokens", scheduler.num_speculative_tokens),
+            ("extra_retained_tokens", cache.extra_retained_tokens),
             ("device_index", self.device.device_index),
             ("seed", self.model.seed),
         ):
             _require_whole(option, value, 0)
+        _require_text("state_mixers", self.execution.state_mixers)
+        for option in ("compile_layers", "cuda_graphs", "async_scheduling"):
+            _require_switch(option, getattr(self.execution, option))
         share = cache.memory_fraction
         if isinstance(share, bool) or not isinstance(share, (int, float)) or not 0 < share <= 1:
             raise ConfigError(
@@ -198,6 +247,14 @@ class EngineConfig:
                 expected="0 < memory_fraction <= 1",
             )
         _require_layers("kv_cache_dtype_skip_layers", cache.kv_cache_dtype_skip_layers)
+        if attention.flash_provider is not None and attention.backend not in (None, "flash"):
+            raise ConfigError(
+                f"flash_provider {attention.flash_provider!r} is a provider of flash, and backend "
+                f"{attention.backend!r} is asked; leave one of them out",
+                option="flash_provider",
+                value=attention.flash_provider,
+                expected=None,
+            )
         _check_flex_blocks(attention)
         return self
 
@@ -211,6 +268,18 @@ def _require_whole(option: str, value: int, least: int) -> None:
     if isinstance(value, bool) or not isinstance(value, int) or value < least:
         words = "a whole number above zero" if least else "a whole number from 0"
         raise ConfigError(f"{option} {value!r} must be {words}", option=option, value=value, expected=words)
+
+
+def _require_text(option: str, value: object) -> None:
+    if not isinstance(value, str) or not value:
+        raise ConfigError(f"{option} {value!r} is no name", option=option, value=value, expected="a name, or auto")
+
+
+def _require_switch(option: str, value: object) -> None:
+    if value is not None and not isinstance(value, bool):
+        raise ConfigError(
+            f"{option} {value!r} is neither on nor off", option=option, value=value, expected=[True, False, None]
+        )
 
 
 def _require_layers(option: str, value: object) -> None:

@@ -53,17 +53,27 @@ def doctor_summary(report: Mapping[str, Any]) -> RenderableType:
         wheel = platform["distribution"] or "plans only"
         parts.append(Text(f"{mark} {platform['name']} ({wheel})", style="green" if platform["available"] else ""))
         parts.append(_bullet(platform["verdict"], " "))
-        parts += [
-            _bullet(
-                f"backend {backend['name']}: {backend['reason']}",
-                "+" if backend["available"] and platform["available"] else "-",
-            )
-            for backend in platform["backends"]
-        ]
+        for backend in platform["backends"]:
+            parts += _backend("backend", backend, here=platform["available"])
+        for mixer in platform["mixers"]:
+            parts += _backend("mixers", mixer, here=platform["available"])
     chosen = f"auto takes {report['auto']}" if report["auto"] else "auto takes no platform"
     parts += [Text(), Text(chosen, style="bold"), _bullet(report["auto_reason"])]
     software = ", ".join(f"{name} {version or 'not installed'}" for name, version in report["software"].items())
     return Group(*parts, Text(), Text("software", style="bold"), _bullet(software))
+
+
+def _backend(what: str, backend: Mapping[str, Any], *, here: bool) -> Iterable[RenderableType]:
+    """A backend, and under it whose kernels it could take, each with what they take."""
+    usable = "+" if backend["available"] and here else "-"
+    if not backend["providers"]:
+        yield _bullet(f"{what} {backend['name']}: {backend['reason']}", usable)
+        return
+    yield _bullet(f"{what} {backend['name']}, whose kernels come from the first of these that can serve:", usable)
+    for provider in backend["providers"]:
+        mark = "+" if provider["available"] and here else "-"
+        yield _bullet(f"{provider['name']}: {provider['reason']}", f"  {mark}")
+        yield _bullet(provider["constraints"], "    ")
 
 
 def reasons(plan: Mapping[str, Any]) -> RenderableType:

@@ -15,7 +15,10 @@ from .config import EngineConfig
 from .device import DeviceFacts
 from .engines.checkpoint import require_checkpoint
 from .errors import ConfigError, PlatformError, PluginError
+from .hybrid.mixers.backend import MixerBackend
+from .hybrid.mixers.selection import ModelMixers, choose_mixers, mixer_requests
 from .hybrid.model_specs import ModelSpec, read_model
+from .hybrid.replay_rings import Replay
 from .platforms.backends import choose_backends
 from .platforms.interface import Platform
 from .platforms.known import plannable_platforms
@@ -43,6 +46,8 @@ class _Surroundings:
     device: DeviceFacts
     plugins: Plugins
     backends: tuple[AttentionBackend, ...]
+    mixers: tuple[MixerBackend, ...]
+    """Kernels of state layers."""
     probes: Mapping[str, Probe] | None
     """Per backend what its probe found; ``None`` plans for a device that is not here."""
     reasons: tuple[str, ...]
@@ -118,7 +123,9 @@ def plan(
     config = _as_config(model, given)
     spec = _read(config, engine)
     plugins = plugins or load_plugins()
-    decided, _ = _decide(config, spec, _planned_surroundings(config, plugins, engine))
+    around = _planned_surroundings(config, plugins, engine)
+    computed_here = engine == "transformers" or config.attention.mixer_backend != "auto"
+    decided, _ = _decide(config, spec, around, _mixers(config, spec, around) if computed_here else None)
     return decided
 
 
@@ -136,8 +143,10 @@ def prepare(model: Model | EngineConfig | None = None, *, plugins: Plugins | Non
     spec = _read(config, "transformers")
     plugins = plugins or load_plugins()
     around = _surroundings_here(config, plugins)
-    decided, backends = _decide(config, spec, around)
-    ready = make_ready(config, without_idle_blocks(decided, config), backends, around.device)
+    mixers = _mixers(config, spec, around)
+    decided, backends = _decide(config, spec, around, mixers)
+    kernels = None if mixers is None else mixers.backend
+    ready = make_ready(config, without_idle_blocks(decided, config), backends, around.device, kernels)
     for note in plugins.engine_startup(ready):
         ready = replace(ready, notes=(*ready.notes, f"{note.plugin}: {note.text}"))
     return ready
@@ -214,7 +223,20 @@ def _read(config: EngineConfig, engine: str) -> ModelSpec:
         mamba_cache_dtype=cache.mamba_cache_dtype,
         mamba_ssm_cache_dtype=cache.mamba_ssm_cache_dtype,
         num_speculative_tokens=config.scheduler.num_speculative_tokens,
+        replay=_replay(config),
+        mla_page_alignment=cache.mla_page_alignment,
         dtype=config.model.dtype,
+    )
+
+
+def _replay(config: EngineConfig) -> Replay | None:
+    cache = config.cache
+    if not cache.use_replayssm:
+        return None
+    return Replay(
+        buffer_len=cache.replayssm_buffer_len,
+        backend=cache.mamba_backend,
+        mamba_cache_mode=cache.mamba_cache_mode,
     )
 
 
@@ -238,15 +260,17 @@ def _planned_surroundings(config: EngineConfig, plugins: Plugins, engine: str) -
         present=False,
     )
     offers = plugins.attention_backends(device)
-    _require_offered(config.attention.backend, offers, auto_may_choose=True)
+    mixers = plugins.mixer_backends(device)
+    _require_offered(config.attention.asked_backend, offers, auto_may_choose=True)
     return _Surroundings(
         platform=replace(platform, backend_order=platform.planned_order),
         device=device,
         plugins=plugins,
-        backends=(*(offer.backend for offer in offers.offered), *(vllm_backends() if engine == "vllm" else ())),
+        backends=(*_configured(offers, config, device), *(vllm_backends() if engine == "vllm" else ())),
+        mixers=mixers.backends,
         probes=None,
         reasons=(f"platform: {platform.name}, as asked; planned without its device.",),
-        refusals=tuple(problem.sentence() for problem in (*plugins.problems, *offers.problems)),
+        refusals=tuple(problem.sentence() for problem in (*plugins.problems, *offers.problems, *mixers.problems)),
     )
 
 
@@ -263,21 +287,28 @@ def _surroundings_here(config: EngineConfig, plugins: Plugins) -> _Surroundings:
     if config.device.device_memory_bytes is not None:
         device = replace(device, memory_bytes=config.device.device_memory_bytes)
     offers = plugins.attention_backends(device)
-    _require_offered(config.attention.backend, offers, auto_may_choose=False)
-    backends = tuple(offer.backend for offer in offers.offered)
+    mixers = plugins.mixer_backends(device)
+    _require_offered(config.attention.asked_backend, offers, auto_may_choose=False)
+    backends = _configured(offers, config, device)
     others = (candidate for candidate in chosen.candidates if not candidate.chosen)
     return _Surroundings(
         platform=chosen.provider.platform,
         device=device,
         plugins=plugins,
         backends=backends,
+        mixers=mixers.backends,
         probes=MappingProxyType({backend.name: backend.probe(device) for backend in backends}),
         reasons=(f"platform: {chosen.provider.name} ({device.name}), {chosen.reason}",),
         refusals=(
             *(f"platform {candidate.name}: {candidate.reason}" for candidate in others),
-            *(problem.sentence() for problem in (*plugins.problems, *offers.problems)),
+            *(problem.sentence() for problem in (*plugins.problems, *offers.problems, *mixers.problems)),
         ),
     )
+
+
+def _configured(offers: BackendOffers, config: EngineConfig, device: DeviceFacts) -> tuple[AttentionBackend, ...]:
+    """The offered backends, as the user's settings make them."""
+    return tuple(offer.backend.configured(config.attention, device) for offer in offers.offered)
 
 
 def _require_offered(asked: str | None, offers: BackendOffers, *, auto_may_choose: bool) -> None:
@@ -300,8 +331,22 @@ def _require_offered(asked: str | None, offers: BackendOffers, *, auto_may_choos
     )
 
 
+def _mixers(config: EngineConfig, spec: ModelSpec, around: _Surroundings) -> ModelMixers | None:
+    """The kernels of the model's state layers."""
+    probes = None
+    if around.probes is not None:
+        probes = {backend.name: backend.probe(around.device) for backend in around.mixers}
+    return choose_mixers(
+        mixer_requests(spec.layers, spec.dtype),
+        around.mixers,
+        around.device,
+        asked=config.attention.mixer_backend,
+        probes=probes,
+    )
+
+
 def _decide(
-    config: EngineConfig, spec: ModelSpec, around: _Surroundings
+    config: EngineConfig, spec: ModelSpec, around: _Surroundings, mixers: ModelMixers | None
 ) -> tuple[Plan, Mapping[int, AttentionBackend]]:
     """A backend for every attention layer, then block size, pages and capacity."""
     chosen = choose_backends(
@@ -309,7 +354,7 @@ def _decide(
         around.backends,
         around.device,
         order=around.platform.backend_order,
-        asked=config.attention.backend,
+        asked=config.attention.asked_backend,
         batch_invariant=config.attention.batch_invariant,
         probes=around.probes,
     )
@@ -326,7 +371,7 @@ def _decide(
         around.device,
         extra_constraints=around.plugins.block_size_constraints(request),
         preferred_block_sizes=preferred,
-        reasons=(*around.reasons, *chosen.reasons),
-        refusals=(*around.refusals, *chosen.refusals),
+        reasons=(*around.reasons, *chosen.reasons, *(mixers.reasons if mixers else ())),
+        refusals=(*around.refusals, *chosen.refusals, *(mixers.refusals if mixers else ())),
     )
     return decided, chosen.by_layer

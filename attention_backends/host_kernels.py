@@ -18,15 +18,24 @@ HALF = frozenset({"bfloat16", "float16"})
 FP8 = frozenset({"fp8_e4m3", "fp8_e5m2"})
 PER_TOKEN_HEAD = frozenset({"int8_per_token_head", "fp8_per_token_head", "int4_per_token_head"})
 
+FEW_DEVICES = frozenset(
+    {"flashinfer_trtllm", "flash_attn_fa4_sm90", "flash_attn_fa4_sm100", "tokenspeed_mla", "cutlass_mla"}
+)
+"""Kernels of Hopper or Blackwell alone: planned for by name, or where nothing else serves."""
+
 
 class HostBackend(AttentionBackend):
     """One of a host engine's backends: its capabilities per device type, and nothing that runs.
 
     :param engine: the host engine's name, for sentences.
+    :param last_choice: True for kernels of few devices, which a plan that knows no device should not assume.
     """
 
-    def __init__(self, name: str, engine: str, capabilities: Mapping[str, Capabilities]) -> None:
+    def __init__(
+        self, name: str, engine: str, capabilities: Mapping[str, Capabilities], *, last_choice: bool = False
+    ) -> None:
         self.name = name
+        self.last_choice = last_choice
         self._engine = engine
         self._capabilities = MappingProxyType(dict(capabilities))
 
@@ -64,6 +73,17 @@ def vllm_backends() -> tuple[HostBackend, ...]:
         "flashinfer": {
             "cuda": replace(dense, kernel_block_sizes=(16, 32, 64), kv_cache_dtypes=HALF | FP8 | {"nvfp4"})
         },
+        "flashinfer_trtllm": {
+            "cuda": replace(
+                dense,
+                kernel_block_sizes=(16, 32, 64, 128, 256, 512, 1024),
+                kv_cache_dtypes=HALF | FP8 | {"nvfp4"},
+            )
+        },
+        "flash_attn_fa4_sm90": {
+            "cuda": replace(dense, kernel_block_sizes=(64,), kv_cache_dtypes=frozenset({"fp8_e4m3"}), head_sizes=(512,))
+        },
+        "flash_attn_fa4_sm100": {"cuda": replace(dense, kernel_block_sizes=(128,), head_sizes=(256,))},
         "triton_attn": {"cuda": sixteen, "xpu": sixteen},
         "flashmla": {
             "cuda": replace(latent, kernel_block_sizes=(64,), kv_cache_dtypes=HALF | FP8 | {"fp8_ds_mla"})
@@ -71,6 +91,8 @@ def vllm_backends() -> tuple[HostBackend, ...]:
         "flashinfer_mla": {
             "cuda": replace(latent, kernel_block_sizes=(32, 64), kv_cache_dtypes=HALF | {"nvfp4_ds_mla"})
         },
+        "tokenspeed_mla": {"cuda": replace(latent, kernel_block_sizes=(32, 64), kv_cache_dtypes=HALF | FP8)},
+        "cutlass_mla": {"cuda": replace(latent, kernel_block_sizes=(128,), kv_cache_dtypes=HALF | FP8)},
         "flash_attn_mla": {
             "cuda": replace(latent, kernel_block_multiple=16), "xpu": replace(latent, kernel_block_multiple=64),
         },
@@ -80,6 +102,11 @@ def vllm_backends() -> tuple[HostBackend, ...]:
         "cpu_mla": {"cpu": replace(latent, exact_block_sizes=(16,))},
     }  # fmt: skip
     return tuple(
-        HostBackend(name, "vLLM", {device: replace(found, name=name) for device, found in by_device.items()})
+        HostBackend(
+            name,
+            "vLLM",
+            {device: replace(found, name=name) for device, found in by_device.items()},
+            last_choice=name in FEW_DEVICES,
+        )
         for name, by_device in declared.items()
     )

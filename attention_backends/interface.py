@@ -31,6 +31,8 @@ class Capabilities:
     """Dtypes of queries and outputs."""
     kv_cache_dtypes: frozenset[str]
     """Dtypes of K and V in the cache."""
+    owner: str = ""
+    """Whose rules these are, in sentences about block sizes; empty for the backend's own."""
     same_kv_dtype: bool = False
     """True if K and V must be stored in the queries' dtype."""
     kernel_block_multiple: int = 1
@@ -83,14 +85,53 @@ class LayerRequest:
     encoder_only: bool = False
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ProviderFacts:
+    """One library that could bring a backend's kernels."""
+
+    name: str
+    """What the user writes after ``--provider``."""
+    available: bool
+    reason: str
+    """A sentence: what was found, or what is missing and how to get it."""
+    constraints: str
+    """What its kernels take, in a sentence."""
+
+    def to_dict(self) -> dict[str, object]:
+        """The provider as JSON-ready values."""
+        return {
+            "name": self.name,
+            "available": self.available,
+            "reason": self.reason,
+            "constraints": self.constraints,
+        }
+
+
 class AttentionBackend(ABC):
     """A way to compute attention. Stateless: what it decides follows from its arguments."""
 
     name: str
+    last_choice: bool = False
+    """True if automatic choice tries it after all others: kernels of few devices."""
 
     @abstractmethod
     def capabilities(self, device: DeviceFacts) -> Capabilities:
         """What this backend can do on ``device``; no probing, no torch."""
+
+    def configured(self, config: AttentionConfig, device: DeviceFacts) -> AttentionBackend:
+        """This backend as the user's settings make it: what they narrow, its capabilities say from then on.
+
+        :raises BackendError: for a setting that nothing on ``device`` can follow.
+        """
+        return self
+
+    def refusals(self, request: LayerRequest, device: DeviceFacts) -> tuple[str, ...]:
+        """What a layer asks that nothing installed here can serve, beyond :meth:`capabilities`; may probe."""
+        return ()
+
+    def providers_on(self, device: DeviceFacts) -> tuple[ProviderFacts, ...]:
+        """The libraries that could bring this backend's kernels on ``device``, best first; probes them."""
+        return ()
 
     def get_preferred_block_size(self, device: DeviceFacts, default: int) -> int:
         """The smallest block size, in tokens, that this backend would choose, from the platform's ``default``."""
@@ -125,6 +166,11 @@ class BuildRequest:
     max_num_batched_tokens: int
     max_model_len: int
     config: AttentionConfig
+    soft_cap: float | None = None
+    sinks: bool = False
+    encoder_only: bool = False
+    layout: str | None = None
+    """Physical order of the pages, one of ``config.LAYOUTS``; ``None`` where it is not decided."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -143,6 +189,12 @@ class AttentionCall:
     the request's place in the step; narrows what ``causal`` and ``sliding_window`` leave. See ``flex.mods``."""
     score_mod: Callable[..., torch.Tensor] | None = None
     """Flex only: ``score_mod(score, request, head, query, key) -> score``, after scaling and soft cap."""
+    alibi_slopes: torch.Tensor | None = None
+    """Slope of each query head, shape (num_query_heads,): times key position minus query position, on every score."""
+    key_scale: float = 1.0
+    """What the stored keys are multiplied with."""
+    value_scale: float = 1.0
+    """What the stored values are multiplied with."""
 
 
 class AttentionImpl(ABC):
@@ -152,6 +204,8 @@ class AttentionImpl(ABC):
     capturable: bool = False
     """True if a captured step's :meth:`prepare` and :meth:`forward` may run inside a device graph: they read the
     step's tensors, choose shapes from its host bounds alone, and never wait for the device."""
+    reads_unwritten_slots: bool = False
+    """True if the kernels touch the unwritten tail of a block they visit: blocks are cleared at hand-out."""
 
     @abstractmethod
     def prepare(self, step: StepMetadata) -> Any:

@@ -93,6 +93,8 @@ def select_backend(
         if batch_invariant and not capabilities.batch_invariant:
             reasons.append(f"batch_invariant is asked, and the output of {candidate.name} depends on the batch")
         reasons += _probe_refusals(candidate.name, probes)
+        if not reasons and probes is not None:
+            reasons += candidate.refusals(request, device)
         if reasons:
             refused.append(Refusal(backend=candidate.name, layer=request.layer, reasons=tuple(reasons)))
         else:

@@ -94,15 +94,19 @@ class Holding:
     """True if blocks that have left a sliding window go back to the pool while the request runs."""
     in_flight: int = 0
     """Tokens that one step may add, in tokens."""
+    retained: int = 0
+    """Tokens below a sliding window whose blocks are kept as well, where others go back."""
+    draft_states: int = 0
+    """States that a request keeps on top, one per draft token that is being verified."""
 
     def group_blocks(self, group: LayerGroup, num_tokens: int) -> int:
         """Blocks of ``group`` that a request of ``num_tokens`` tokens holds."""
         blocks = -(-num_tokens // group.block_size)
         if group.is_state:
-            return blocks if self.mamba_cache_mode == "all" else 1
+            return self.draft_states + (blocks if self.mamba_cache_mode == "all" else 1)
         spec = group.layers[0].spec
         if self.frees_out_of_window and isinstance(spec, AttentionSpec) and spec.sliding_window is not None:
-            covered = spec.sliding_window - 1 + self.in_flight
+            covered = spec.sliding_window - 1 + self.retained + self.in_flight
             return min(blocks, -(-covered // group.block_size) + 1)
         return blocks
 

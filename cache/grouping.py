@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from .specs import AttentionSpec, LayerGroup, LayerSpec, MambaSpec
 
 
-def group_layers(layers: Sequence[LayerSpec], block_size: int, state_block_size: int) -> tuple[LayerGroup, ...]:
+def group_layers(
+    layers: Sequence[LayerSpec],
+    block_size: int,
+    state_block_size: int,
+    block_sizes: Mapping[AttentionSpec, int] | None = None,
+) -> tuple[LayerGroup, ...]:
     """Split layers into groups of equal specs and about equal size.
 
     A block id belongs to one group and holds one page of each of its layers, so that the largest group sets what
@@ -16,6 +21,7 @@ def group_layers(layers: Sequence[LayerSpec], block_size: int, state_block_size:
 
     :param block_size: tokens of one block of an attention group.
     :param state_block_size: tokens between two kept states of a state group.
+    :param block_sizes: tokens of one block of the kinds of attention layers that have others than ``block_size``.
     :return: state groups, then full attention, then sliding windows; empty if there are no layers.
     """
     buckets = _buckets(layers)
@@ -26,7 +32,10 @@ def group_layers(layers: Sequence[LayerSpec], block_size: int, state_block_size:
     groups: list[LayerGroup] = []
     for bucket in buckets:
         count = -(-len(bucket) // group_size)
-        tokens = state_block_size if bucket[0].is_state else block_size
+        spec = bucket[0].spec
+        tokens = state_block_size
+        if isinstance(spec, AttentionSpec):
+            tokens = (block_sizes or {}).get(spec, block_size)
         for turn in range(count):
             groups.append(
                 LayerGroup(

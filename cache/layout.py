@@ -109,7 +109,7 @@ class CacheLayout:
     page_size_bytes: int
     """Bytes of every page. A layer that needs less leaves the end of its pages unused."""
     block_size: int
-    """Tokens of one block of every attention group."""
+    """Tokens of one block of attention, of most groups; a group may say another, as long as it fits the page."""
     groups: tuple[LayerGroup, ...]
     """Group ``i`` has index ``i``."""
 
@@ -176,7 +176,10 @@ class CacheLayout:
     def used_bytes(self, layer: LayerSpec) -> int:
         """Bytes that ``layer`` needs of each of its pages; the rest is padding."""
         spec = layer.spec
-        return spec.state_bytes if isinstance(spec, MambaSpec) else spec.page_size_bytes(self.block_size)
+        if isinstance(spec, MambaSpec):
+            return spec.state_bytes
+        group, _ = self.place(layer)
+        return spec.page_size_bytes(group.block_size)
 
     def page_view(self, layer: LayerSpec) -> StridedView:
         """The pages of ``layer`` as bytes: uint8 (num_blocks, page_size_bytes).
@@ -199,12 +202,12 @@ class CacheLayout:
 
         :raises ConfigError: for a state layer, a layer in no group, or a dtype whose pages also hold scales.
         """
-        _, slot = self.place(layer)
+        group, slot = self.place(layer)
         return key_value_views(
             layer,
             offset_bytes=self.page_offset(0, slot),
             num_blocks=self.num_blocks,
-            block_size=self.block_size,
+            block_size=group.block_size,
             block_stride_bytes=self.block_stride_bytes,
             heads_before_tokens=self.heads_before_tokens,
         )
@@ -343,9 +346,6 @@ def _check_groups(layout: CacheLayout) -> None:
             slots, count = layout.slots_per_block, len(group.layers)
             message = f"group {position} has {count} layers for {slots} slots_per_block"
             raise _refuse("slots_per_block", slots, message, f"1 to {slots} layers in a group")
-        if not group.is_state and group.block_size != layout.block_size:
-            message = f"group {position} has block_size {group.block_size}; the cache has {layout.block_size}"
-            raise _refuse("block_size", group.block_size, message, layout.block_size)
         for layer in group.layers:
             if layer.is_state != group.is_state:
                 message = f"group {position} mixes {_name(group.layers[0])} with {_name(layer)}"

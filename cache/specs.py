@@ -64,6 +64,8 @@ class AttentionSpec:
     dtype: str
     sliding_window: int | None = None
     mla: bool = False
+    page_alignment: int = 1
+    """Bytes that every page is rounded up to a multiple of."""
 
     @property
     def bytes_per_token(self) -> int:
@@ -80,8 +82,8 @@ class AttentionSpec:
         return widths * dtype_bytes(self.dtype)
 
     def page_size_bytes(self, block_size: int) -> int:
-        """Bytes of one page: ``block_size`` tokens of this layer."""
-        return self.bytes_per_token * block_size
+        """Bytes of one page: ``block_size`` tokens of this layer, rounded up to ``page_alignment``."""
+        return -(-self.bytes_per_token * block_size // self.page_alignment) * self.page_alignment
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import cache
+from importlib.util import find_spec
 
 import torch
 
@@ -10,6 +12,8 @@ from ..errors import ConfigError, IntegrityError
 
 PADDING_SLOT = -1
 """The slot of a token that is not written."""
+TRITON_DEVICES = frozenset({"cuda", "xpu"})
+"""Device types whose writes are one Triton kernel, where Triton is installed."""
 
 
 def write_kv(
@@ -18,17 +22,23 @@ def write_kv(
     key_cache: torch.Tensor,
     value_cache: torch.Tensor,
     slot_mapping: torch.Tensor,
+    *,
+    scales: tuple[torch.Tensor, torch.Tensor] | None = None,
+    rotary: tuple[torch.Tensor, torch.Tensor] | None = None,
 ) -> None:
     """Write T tokens into strided views of any layout, cast to the cache's dtype and clamped to its range.
 
-    Tokens of slot -1 are skipped. On the CPU nothing is written for them. On other devices, where to look for
-    them would make the host wait, they land in the first slot of the null block, which nobody reads.
+    Tokens of slot -1 are skipped: nothing is written for them on the CPU and by the Triton kernel, which does all of
+    this at once on CUDA and XPU. On other devices, or without Triton, to look for them would make the host wait:
+    there they land in the first slot of the null block, which nobody reads.
 
     :param key: (T, Hk, D).
     :param value: (T, Hk, Dv).
     :param key_cache: strided view (num_blocks, block_size, Hk, D).
     :param value_cache: strided view (num_blocks, block_size, Hk, Dv).
     :param slot_mapping: (T,) int64; every slot but -1 at most once.
+    :param scales: of K and V, one float32 number each, on the device: what is stored is the number divided by it.
+    :param rotary: cosine and sine, (T, R / 2) each: the first R numbers of every head of K turn, halves paired.
     :raises ConfigError: for shapes or dtypes that do not fit each other.
     :raises IntegrityError: for a slot outside the cache, on the CPU; elsewhere the device reports it.
     """
@@ -36,12 +46,38 @@ def write_kv(
     _check_fit("value", value, value_cache, slot_mapping)
     num_blocks, block_size = key_cache.shape[:2]
     slots = slot_mapping
+    if slots.device.type in TRITON_DEVICES and _has_triton() and key.dtype.is_floating_point:
+        from .write_triton import write_rows
+
+        return write_rows(key, value, key_cache, value_cache, slots, scales=scales, rotary=rotary)
+    if rotary is not None:
+        key = rotate(key, *rotary)
+    if scales is not None:
+        key, value = key.float() / scales[0], value.float() / scales[1]
     if slots.device.type != "cpu":
         slots = slots.clamp(min=0)
     elif _has_padding(slots, num_blocks * block_size):
         kept = slots >= 0
         key, value, slots = key[kept], value[kept], slots[kept]
-    _scatter(key, value, key_cache, value_cache, slots)
+    return _scatter(key, value, key_cache, value_cache, slots)
+
+
+def rotate(rows: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    """Rotary embedding of the first R numbers of every head, the first half of them paired with the second.
+
+    :param rows: (T, H, D).
+    :param cos: (T, R / 2), as ``sin``.
+    :return: (T, H, D) in the dtype of ``rows``; computed in float32.
+    """
+    half = cos.shape[-1]
+    cos, sin = cos.float()[:, None], sin.float()[:, None]
+    first, second, rest = rows.float().split([half, half, rows.shape[-1] - 2 * half], dim=-1)
+    return torch.cat([first * cos - second * sin, second * cos + first * sin, rest], dim=-1).to(rows.dtype)
+
+
+@cache
+def _has_triton() -> bool:
+    return find_spec("triton") is not None
 
 
 def gather_kv(cache_view: torch.Tensor, block_ids: Sequence[int], length: int) -> torch.Tensor:

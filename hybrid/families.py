@@ -41,6 +41,8 @@ class Family:
     """True if ``mamba_cache_dtype`` rules the recurrent state too and ``mamba_ssm_cache_dtype`` has no say."""
     native_state_dtype: bool = False
     """True if transformers keeps the recurrent state in the model's dtype instead of float32."""
+    replay: bool = False
+    """True if vLLM can keep rings of recent inputs beside the state (ReplaySSM)."""
     sinks: bool = False
     note: str = ""
     """What a plan for this family should say of its numbers."""
@@ -191,7 +193,7 @@ def _families() -> dict[str, Family]:
     pure_mamba1 = Family(mixer=read.pure_mamba1, default_layers=states, fixed_layers=True)
     return {
         "nemotron_h": Family(mixer=read.mamba2, default_layers=listed, ssm_dtype_field="mamba_ssm_cache_dtype",
-                             ssm_dtype="float32"),
+                             ssm_dtype="float32", replay=True),
         "bamba": Family(mixer=read.mamba2, default_layers=bamba_layers),
         "granitemoehybrid": Family(mixer=read.mamba2, default_layers=listed),
         "falcon_h1": Family(mixer=read.mamba2, default_layers=both, fixed_layers=True),
@@ -232,6 +234,9 @@ FAMILIES: Mapping[str, Family] = MappingProxyType(_families())
 """Every ``model_type`` that can be planned."""
 
 REFUSED: Mapping[str, str] = MappingProxyType({
+    "deepseek_v4": "each of its layers stores a window of latents, latents of 4 or 128 tokens each, their index and "
+    "what compresses them, in blocks of several lengths that vLLM packs by rules of their own; of those only the "
+    "alignment of its pages can be planned (mla_page_alignment)",
     "recurrent_gemma": "its recurrent state lives inside the module and not in the cache, so that no paged cache "
     "can hold it per request",
 })  # fmt: skip

@@ -22,6 +22,7 @@ from .config_fields import ConfigFields, load_config
 from .families import FAMILIES, REFUSED, Family
 from .layer_patterns import LayerKind, explicit_layers
 from .presets import preset
+from .replay_rings import Replay, without_states
 from .state_fields import state_spec
 from .state_shapes import Rank
 from .weight_files import weights_bytes
@@ -95,6 +96,8 @@ def read_model(
     mamba_cache_dtype: str = "auto",
     mamba_ssm_cache_dtype: str = "auto",
     num_speculative_tokens: int = 0,
+    replay: Replay | None = None,
+    mla_page_alignment: int | None = None,
     dtype: str = "auto",
     name: str | None = None,
 ) -> ModelSpec:
@@ -102,6 +105,8 @@ def read_model(
 
     :param engine: whose state shapes and dtypes: ``vllm`` or ``transformers``.
     :param kv_cache_dtype_skip_layers: attention layers whose K and V stay in the model's dtype.
+    :param mla_page_alignment: bytes that pages of latents are a multiple of; ``None`` for no rounding.
+    :param replay: rings of recent inputs beside mamba2 states (vLLM's ReplaySSM); ``None`` for none.
     :param name: what to call a model given as a dict.
     :raises ModelConfigError: if the file or a field is missing or broken.
     :raises UnsupportedModelError: for an unknown family, or one that cannot be split over the ranks.
@@ -124,11 +129,16 @@ def read_model(
     skipped = _skipped(kv_cache_dtype_skip_layers, layers, fields.source)
     if skipped and stored == model_dtype:
         notes.append(f"kv_cache_dtype_skip_layers changes nothing: all layers store K and V in {stored}")
-    attention = _attention_specs(fields, family, layers, stored, tensor_parallel_size)
-    unquantised = _attention_specs(fields, family, layers, model_dtype, tensor_parallel_size) if skipped else attention
+    align = mla_page_alignment or 1
+    attention = _attention_specs(fields, family, layers, stored, tensor_parallel_size, align)
+    unquantised = attention
+    if skipped:
+        unquantised = _attention_specs(fields, family, layers, model_dtype, tensor_parallel_size, align)
     state = None
     if family.mixer is not None:
-        state = state_spec(fields, family, rank, model_dtype, mamba_cache_dtype, mamba_ssm_cache_dtype)
+        state = state_spec(fields, family, rank, model_dtype, mamba_cache_dtype, mamba_ssm_cache_dtype, replay)
+    elif replay is not None:
+        raise without_states(model_type)
     return ModelSpec(
         name=name or _name(model, fields),
         model_type=model_type,
@@ -229,14 +239,14 @@ def _skipped(asked: Collection[int], layers: tuple[LayerKind, ...], source: str)
 
 
 def _attention_specs(
-    fields: ConfigFields, family: Family, layers: tuple[LayerKind, ...], stored: str, tp: int
+    fields: ConfigFields, family: Family, layers: tuple[LayerKind, ...], stored: str, tp: int, align: int
 ) -> AttentionSpecs:
     """Full attention and sliding windows; ``None`` for what no layer has."""
     full = windowed = None
     if any(kind in FULL for kind in layers):
-        full = attention_spec(fields, family, stored, tp, window=None)
+        full = attention_spec(fields, family, stored, tp, None, align)
     if any(kind in SLIDING for kind in layers):
-        windowed = attention_spec(fields, family, stored, tp, window=fields.integer("sliding_window"))
+        windowed = attention_spec(fields, family, stored, tp, fields.integer("sliding_window"), align)
     return full, windowed
 
 

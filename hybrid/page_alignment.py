@@ -6,7 +6,7 @@ largest state; the state page is then padded up to it.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 
 from ..cache.block_size import AtLeastPage, Constraint, MultipleOf
@@ -38,6 +38,11 @@ def bytes_per_token(attention: Iterable[AttentionSpec]) -> int:
     return max((spec.bytes_per_token for spec in attention), default=0)
 
 
+def largest_page(attention: Iterable[AttentionSpec], block_size: int) -> int:
+    """Bytes of one block of the widest layer, rounded up as its kernels ask."""
+    return max((spec.page_size_bytes(block_size) for spec in attention), default=0)
+
+
 def largest_state(states: Iterable[MambaSpec]) -> MambaSpec | None:
     """The state with the most bytes; ``None`` without states."""
     return max(states, key=lambda spec: (spec.state_bytes, spec.kind), default=None)
@@ -59,11 +64,11 @@ def alignment_preferences(attention: Iterable[AttentionSpec], phase1_block_size:
     return tuple(wishes)
 
 
-def unified_pages(attention: Iterable[AttentionSpec], states: Iterable[MambaSpec], block_size: int) -> Pages:
+def unified_pages(attention: Collection[AttentionSpec], states: Iterable[MambaSpec], block_size: int) -> Pages:
     """The pages at ``block_size``, which satisfies :func:`state_constraints`."""
     per_token, state = bytes_per_token(attention), largest_state(states)
     raw = state.state_bytes if state is not None else 0
-    attention_page = per_token * block_size
+    attention_page = largest_page(attention, block_size)
     page = max(attention_page, raw)
     return Pages(
         attention_bytes_per_token=per_token,
@@ -75,15 +80,15 @@ def unified_pages(attention: Iterable[AttentionSpec], states: Iterable[MambaSpec
     )
 
 
-def separate_pages(attention: Iterable[AttentionSpec], states: Iterable[MambaSpec], block_size: int) -> Pages:
+def separate_pages(attention: Collection[AttentionSpec], states: Iterable[MambaSpec], block_size: int) -> Pages:
     """The pages at ``block_size`` where states do not lie in blocks of attention, and are not padded one by one."""
     per_token, state = bytes_per_token(attention), largest_state(states)
     raw = state.state_bytes if state is not None else 0
     return Pages(
         attention_bytes_per_token=per_token,
-        attention_page_bytes=per_token * block_size,
+        attention_page_bytes=largest_page(attention, block_size),
         state_raw_bytes=raw,
         state_page_bytes=raw,
-        page_bytes=per_token * block_size,
+        page_bytes=largest_page(attention, block_size),
         mamba_page_size_padded=None,
     )

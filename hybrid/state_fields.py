@@ -7,6 +7,7 @@ from ..config import DTYPES
 from ..errors import ConfigError
 from .config_fields import ConfigFields
 from .families import Family
+from .replay_rings import Replay, replay_rings
 from .state_shapes import Rank
 
 
@@ -17,9 +18,11 @@ def state_spec(
     model_dtype: str,
     mamba_cache_dtype: str,
     mamba_ssm_cache_dtype: str,
+    replay: Replay | None = None,
 ) -> MambaSpec:
     """The state tensors of a family that has a mixer, shapes by the engine's rules.
 
+    :param replay: rings of recent inputs that are kept beside the state; ``None`` for none.
     :raises UnsupportedModelError: if the mixer cannot be split over the ranks.
     :raises ConfigError: for a dtype that the engine or the mixer's kernels cannot have.
     """
@@ -42,10 +45,11 @@ def state_spec(
             expected=list(family.ssm_dtypes),
         )
     dtypes = {"conv": conv, "recurrent": recurrent}
-    return MambaSpec(
-        kind=mixer.kind,
-        states=tuple(StateTensor(name=name, shape=shape, dtype=dtypes[name]) for name, shape in mixer.shapes(rank)),
-    )
+    states = [StateTensor(name=name, shape=shape, dtype=dtypes[name]) for name, shape in mixer.shapes(rank)]
+    if replay is not None:
+        model_type = str(fields.first("model_type"))
+        states += replay_rings(replay, model_type, family, mixer, rank, model_dtype)
+    return MambaSpec(kind=mixer.kind, states=tuple(states))
 
 
 def _recurrent_dtype(fields: ConfigFields, family: Family, setting: str, conv: str) -> str:

@@ -86,11 +86,11 @@ class Mamba2(NamedTuple):
 
     def shapes(self, rank: Rank) -> Shapes:
         """Convolution state over x, B and C, and the recurrent state."""
-        channels = rank.share(self.inner, "mamba2 inner width") + 2 * self._groups(rank) * self.state_size
+        channels = rank.share(self.inner, "mamba2 inner width") + 2 * self.groups_of(rank) * self.state_size
         heads = rank.share(self.heads, "mamba2 heads")
         return (rank.conv(channels, self.kernel), ("recurrent", (heads, self.head_dim, self.state_size)))
 
-    def _groups(self, rank: Rank) -> int:
+    def groups_of(self, rank: Rank) -> int:
         """Groups of this rank: a single group is replicated on every rank, several must divide."""
         if self.groups == 1:
             return 1

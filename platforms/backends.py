@@ -42,7 +42,7 @@ def choose_backends(
     :raises BackendError: naming every refusal, if a layer finds no backend or not the one asked for.
     """
     rank = {name: position for position, name in enumerate(order)}
-    candidates = sorted(backends, key=lambda backend: (rank.get(backend.name, len(rank)), backend.name))
+    candidates = sorted(backends, key=lambda one: (rank.get(one.name, len(rank)), one.last_choice, one.name))
     alike: dict[LayerRequest, Selection] = {}
     selections = []
     for request in requests:

@@ -17,12 +17,17 @@ LENGTHS = (512, 4096, 32768, 131072)
 
 
 def holding_of(config: EngineConfig) -> Holding:
-    """How long blocks are kept. Sliding windows count in full unless the engine is said to free blocks early."""
+    """How long blocks are kept. Sliding windows count in full unless the engine is said to free blocks early.
+
+    vLLM keeps a state of its own for every draft token; ReplaySSM verifies all of them from one.
+    """
     freeing = config.cache.free_out_of_window
     return Holding(
         mamba_cache_mode=config.cache.mamba_cache_mode,
         frees_out_of_window=freeing,
         in_flight=config.scheduler.max_num_batched_tokens if freeing else 0,
+        retained=config.cache.extra_retained_tokens,
+        draft_states=0 if config.cache.use_replayssm else config.scheduler.num_speculative_tokens,
     )
 
 

@@ -36,6 +36,9 @@ class BlockSizeRequest:
     """``unified``: a block holds the largest state. ``subdivided``: states take blocks of their own."""
     state_tokens: int = 1
     """Tokens whose K and V, over all layers, take as much memory as all states of a request."""
+    quantised_dtype: str | None = None
+    """KV dtype that unified blocks are sized for, where some layers keep another one and the engine, as vLLM, gives
+    every kind of layer blocks of its own length; ``None`` where all layers have blocks of one length."""
     extra_constraints: tuple[Constraint, ...] = ()
     """What plugins add."""
 
@@ -64,3 +67,11 @@ class BlockSizeDecision:
     constraints: tuple[Constraint, ...]
     """Everything that had to hold for ``block_size``."""
     reasons: tuple[str, ...]
+    block_sizes: Mapping[AttentionSpec, int] = field(default_factory=lambda: MappingProxyType({}))
+    """Tokens of a block per kind of attention layer, where kinds differ; empty where all have ``block_size``."""
+    own_pages: bool = False
+    """True where every layer of the one group keeps a page of its own size, as vLLM does for full attention alone."""
+
+    def block_size_of(self, spec: AttentionSpec) -> int:
+        """Tokens of one block of layers of this kind."""
+        return self.block_sizes.get(spec, self.block_size)

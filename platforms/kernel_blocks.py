@@ -24,14 +24,15 @@ def kernel_constraints(backends: Iterable[Capabilities]) -> tuple[Constraint, ..
     for backend in backends:
         if backend.is_ssm:
             continue
+        owner = backend.owner or backend.name
         if backend.exact_block_sizes:
-            rules.append(OneOf(backend.exact_block_sizes, owner=backend.name))
+            rules.append(OneOf(backend.exact_block_sizes, owner=owner))
         if backend.kernel_block_sizes:
-            rules.append(AnyMultipleOf(backend.kernel_block_sizes, owner=backend.name))
+            rules.append(AnyMultipleOf(backend.kernel_block_sizes, owner=owner))
         multiple, sizes = backend.kernel_block_multiple, backend.kernel_block_sizes
         implied = bool(sizes) and all(size % multiple == 0 for size in sizes)
         if multiple > 1 and not implied:
-            rules.append(MultipleOf(backend.kernel_block_multiple, owner=backend.name))
+            rules.append(MultipleOf(backend.kernel_block_multiple, owner=owner))
     return checked(rules)
 
 
@@ -44,6 +45,11 @@ def preferred_block_size(backend: Capabilities, default: int) -> int:
     if size is None:
         return solve(rules)
     return size
+
+
+def smallest_kernel_block(backend: Capabilities) -> int:
+    """The fewest tokens that the kernel indexes at a time."""
+    return min(backend.exact_block_sizes or backend.kernel_block_sizes or (backend.kernel_block_multiple,))
 
 
 def kernel_block_size(backend: Capabilities, block_size: int) -> int:

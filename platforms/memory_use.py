@@ -8,16 +8,29 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
-from typing import TYPE_CHECKING
+from typing import Protocol
 
-from ..cache.capacity import Holding
+from ..cache.capacity import Holding, PoolShape
 from ..cache.specs import AttentionSpec, LayerGroup, MambaSpec
-
-if TYPE_CHECKING:
-    from .plan import Plan
 
 LENGTHS = (1, 512, 4096, 32768)
 """Tokens of the requests that a plan shows the memory of, those that it serves."""
+
+
+class Pooled(Protocol):
+    """What memory is counted from: groups of layers that share one pool, such as a plan."""
+
+    @property
+    def groups(self) -> tuple[LayerGroup, ...]:
+        """Groups that block ids are handed out to."""
+
+    @property
+    def shape(self) -> PoolShape:
+        """How states and attention share the pool."""
+
+    @property
+    def holding(self) -> Holding:
+        """How long blocks of a live request are kept."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -56,14 +69,14 @@ class RequestMemory:
         }
 
 
-def request_memory(plan: Plan, tokens: int) -> RequestMemory:
+def request_memory(pooled: Pooled, tokens: int) -> RequestMemory:
     """What one request of ``tokens`` tokens takes."""
-    holding, shape = plan.holding, plan.strategy.shape
-    states, blocks = holding.request_need(plan.groups, tokens)
+    holding, shape = pooled.holding, pooled.shape
+    states, blocks = holding.request_need(pooled.groups, tokens)
     taken = states * shape.state_page_bytes + blocks * shape.block_bytes
-    kv, state = _needed(plan.groups, holding, tokens)
+    kv, state = _needed(pooled.groups, holding, tokens)
     slots = sum(
-        holding.group_blocks(group, tokens) * group.block_size * _bytes_per_token(group) for group in plan.groups
+        holding.group_blocks(group, tokens) * group.block_size * _bytes_per_token(group) for group in pooled.groups
     )
     return RequestMemory(
         tokens=tokens,
@@ -88,26 +101,26 @@ def request_mixes() -> Mapping[str, tuple[int, ...]]:
     )
 
 
-def mix_waste(plan: Plan, lengths: Sequence[int]) -> float:
+def mix_waste(pooled: Pooled, lengths: Sequence[int]) -> float:
     """Share, 0 to 1, of the memory that requests of ``lengths`` tokens take and that holds nothing.
 
     Whole blocks and state pages count, with every byte of them that no other request can use.
     """
-    holding, shape = plan.holding, plan.strategy.shape
+    holding, shape = pooled.holding, pooled.shape
     states = blocks = needed = 0
     for length, count in Counter(lengths).items():
-        own_states, own_blocks = holding.request_need(plan.groups, length)
+        own_states, own_blocks = holding.request_need(pooled.groups, length)
         states, blocks = states + count * own_states, blocks + count * own_blocks
-        needed += count * sum(_needed(plan.groups, holding, length))
+        needed += count * sum(_needed(pooled.groups, holding, length))
     taken = shape.blocks(states, blocks) * shape.block_bytes
     return 1 - needed / taken if taken else 0.0
 
 
-def requests_dict(plan: Plan) -> dict[str, object]:
+def requests_dict(pooled: Pooled, max_model_len: int) -> dict[str, object]:
     """JSON-ready: what requests of :data:`LENGTHS` tokens take, and what :func:`request_mixes` waste, in percent."""
     return {
-        "memory": [request_memory(plan, length).to_dict() for length in LENGTHS if length <= plan.max_model_len],
-        "mix_waste_pct": {name: round(100 * mix_waste(plan, mix), 4) for name, mix in request_mixes().items()},
+        "memory": [request_memory(pooled, length).to_dict() for length in LENGTHS if length <= max_model_len],
+        "mix_waste_pct": {name: round(100 * mix_waste(pooled, mix), 4) for name, mix in request_mixes().items()},
     }
 
 

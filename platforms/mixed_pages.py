@@ -41,7 +41,7 @@ def padded_attention(model: ModelSpec, decision: BlockSizeDecision) -> tuple[tup
     warnings = [f"attention pages of {page} bytes, as the widest layers need, are empty by {empty:.1%}: {said}."]
     if model.engine == "vllm":
         warnings.append(
-            "engine vllm itself gives layers of narrow pages longer blocks instead; this plan pads their pages."
+            "no setting of engine vllm gives layers such KV dtypes and widths; this plan pads all pages to the widest."
         )
     return (f"attention pages: one size, {page} bytes, for all layers: {said}.",), tuple(warnings)
 

@@ -1,4 +1,4 @@
-"""The two ways to share one pool between states and attention, planned for a model, and which one ``auto`` takes."""
+"""The two ways to share one pool between states and attention, each carried out for all stages of a model."""
 
 from __future__ import annotations
 
@@ -7,20 +7,16 @@ from dataclasses import dataclass, replace
 
 from ..attention_backends.interface import Capabilities
 from ..cache.capacity import PoolShape
-from ..cache.specs import AttentionSpec, dtype_bytes, is_plain
 from ..config import EngineConfig
 from ..device import format_bytes
-from ..errors import BlockSizeError, CapacityError, ConfigError
 from ..hybrid.model_specs import ModelSpec
 from .budget import holding_of
 from .decision import BlockSizeDecision, BlockSizeRequest
-from .mixed_pages import padded_attention, page_sizes_differ
+from .mixed_pages import padded_attention
 from .stages import StagePlan, subdivided_stages, unified_stages, waste_of
 
 ESTIMATE_TOKENS = 1000
 """Tokens of the request that strategies are compared on, or the longest request if that is shorter."""
-CLOSE = 0.001
-"""Shares of waste that differ by less count as equal; unified is the simpler one then."""
 
 Decide = Callable[[BlockSizeRequest], BlockSizeDecision]
 
@@ -96,67 +92,13 @@ class StrategyPlan:
         )
 
 
-def choose_strategy(
-    model: ModelSpec,
-    request: BlockSizeRequest,
-    decide: Decide,
-    backends: Mapping[int, Capabilities],
-    config: EngineConfig,
-    memory_bytes: int | None,
-) -> StrategyPlan:
-    """Plan the strategy that the user asked for, or the one that the engine supports and that wastes least.
-
-    :param decide: the platform's decision of the block size.
-    :param memory_bytes: what the pool may take, if that is known.
-    :raises BlockSizeError: if no block size suits all.
-    :raises CapacityError: if subdivided pages were asked for and no block suits all attention layers.
-    :raises ConfigError: if subdivided pages were asked for and there is nothing to subdivide.
-    """
-    asked = config.cache.page_strategy
-    if not model.is_hybrid and not page_sizes_differ(model):
-        return _alone(model, request, decide, asked, config)
-    planners = {
-        "unified": lambda: plan_unified(model, request, decide, config),
-        "subdivided": lambda: plan_subdivided(model, request, decide, backends, config),
-    }
-    if asked != "auto":
-        other = "unified" if asked == "subdivided" else "subdivided"
-        found, against = planners[asked](), _attempt(planners[other])
-        return _said(
-            found, f"page strategy: {asked}, as asked; it {_against(found, against)}.", _unknown_to(model, asked)
-        )
-    unified, subdivided = _attempt(planners["unified"]), _attempt(planners["subdivided"])
-    if model.engine == "vllm":
-        chosen = planners["unified"]() if isinstance(unified, str) else unified
-        return _said(
-            chosen, f"page strategy: unified, the one that engine vllm has; it {_against(chosen, subdivided)}."
-        )
-    if isinstance(subdivided, str):
-        chosen = _last_hope(planners["unified"], subdivided) if isinstance(unified, str) else unified
-        return _said(chosen, f"page strategy: unified; it {_against(chosen, subdivided)}.")
-    if isinstance(unified, str):
-        return _said(subdivided, f"page strategy: subdivided; it {_against(subdivided, unified)}.")
-    out_of_reach = _out_of_reach(model, backends.values(), memory_bytes)
-    if out_of_reach:
-        return _said(unified, f"page strategy: unified, since {out_of_reach}; it {_against(unified, subdivided)}.")
-    best = less_wasteful(unified, subdivided)
-    worse = unified if best is subdivided else subdivided
-    return _said(best, f"page strategy: {best.name}, by auto; it {_against(best, worse)}.")
-
-
-def less_wasteful(unified: StrategyPlan, subdivided: StrategyPlan) -> StrategyPlan:
-    """What ``auto`` takes where the engine has both."""
-    gain = unified.waste_estimate - subdivided.waste_estimate
-    return subdivided if gain > CLOSE else unified
-
-
 def plan_unified(model: ModelSpec, request: BlockSizeRequest, decide: Decide, config: EngineConfig) -> StrategyPlan:
     """The block grows until its page covers the largest state; a state takes a block.
 
     :raises CapacityError: if layers of several KV dtypes would leave more than half of the attention pages empty.
     """
     decision = decide(replace(request, page_strategy="unified"))
-    padded, warnings = padded_attention(model, decision)
+    padded, warnings = ((), ()) if decision.block_sizes else padded_attention(model, decision)
     stages = unified_stages(
         model, decision, config.parallel.pipeline_parallel_size, decision.mamba_block_size or request.max_model_len
     )
@@ -195,77 +137,6 @@ def reads_block_major(backends: Iterable[Capabilities], layout: str) -> bool:
         return layout.startswith("cross_layer_")
     orders = [set(backend.layouts) for backend in backends]
     return any(order.startswith("cross_layer_") for order in set.intersection(*orders))
-
-
-def _alone(
-    model: ModelSpec, request: BlockSizeRequest, decide: Decide, asked: str, config: EngineConfig
-) -> StrategyPlan:
-    """A model with only states, or only attention whose pages are alike, has one kind of page."""
-    what = "states" if model.state_layers else "attention"
-    if asked == "subdivided":
-        raise ConfigError(
-            f"page_strategy subdivided is refused: {model.name} stores only {what}, so that there is one kind of page; "
-            "use auto or unified",
-            option="page_strategy",
-            value=asked,
-            expected=["auto", "unified"],
-        )
-    return plan_unified(model, request, decide, config)
-
-
-def _attempt(planner: Callable[[], StrategyPlan]) -> StrategyPlan | str:
-    """The plan, or the sentence why there is none."""
-    try:
-        return planner()
-    except (BlockSizeError, CapacityError) as error:
-        return error.message
-
-
-def _last_hope(planner: Callable[[], StrategyPlan], other: str) -> StrategyPlan:
-    """The plan of the one strategy that is left; its error names both, since each would send the user to the other."""
-    try:
-        return planner()
-    except CapacityError as error:
-        raise CapacityError(
-            f"no page strategy suits: {error.message}; and {other}",
-            option=error.option,
-            value="auto",
-            expected="one KV dtype, or layers that fill blocks",
-        ) from None
-
-
-def _against(found: StrategyPlan, other: StrategyPlan | str) -> str:
-    said = f"wastes {found.waste_estimate:.2%} of the memory of a request of {found.estimate_tokens} tokens"
-    if isinstance(other, str):
-        return f"{said}, and the other strategy is impossible: {other}"
-    return f"{said}, {other.name} {other.waste_estimate:.2%}"
-
-
-def _said(found: StrategyPlan, reason: str, warning: str | None = None) -> StrategyPlan:
-    warnings = found.warnings if warning is None else (*found.warnings, warning)
-    return replace(found, reasons=(reason, *found.reasons), warnings=warnings)
-
-
-def _unknown_to(model: ModelSpec, asked: str) -> str | None:
-    if asked != "subdivided" or model.engine != "vllm":
-        return None
-    return "engine vllm itself knows unified pages only; this plan needs an engine that can subdivide them."
-
-
-def _out_of_reach(model: ModelSpec, backends: Iterable[Capabilities], memory_bytes: int | None) -> str | None:
-    """Why a kernel cannot address blocks that lie all over the pool; ``None`` if every kernel can."""
-    if memory_bytes is None:
-        return None
-    specs = [layer.spec for layer in model.attention_layers if isinstance(layer.spec, AttentionSpec)]
-    size = min((dtype_bytes(spec.dtype) if is_plain(spec.dtype) else 1 for spec in specs), default=1)
-    for backend in backends:
-        limit = backend.max_view_elements
-        if limit is not None and memory_bytes > limit * size:
-            return (
-                f"{backend.name} addresses {limit} elements of a layer's K or V, and with subdivided pages they span "
-                f"the whole pool of {format_bytes(memory_bytes)}"
-            )
-    return None
 
 
 def _strategy(

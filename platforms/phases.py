@@ -1,4 +1,4 @@
-"""Phase 1 and phase 2: from a request to the one KV block size that every kernel and state can live with.
+"""Phases 1 to 3: from a request to the one KV block size that every kernel and state can live with.
 
 Pure functions of frozen records; :class:`~makeready.platforms.interface.Platform` is the door.
 """
@@ -10,53 +10,60 @@ from types import MappingProxyType
 
 from ..attention_backends.interface import Capabilities
 from ..cache.block_size import (
+    AtLeastPage,
     Constraint,
     Divides,
     MultipleOf,
-    OneOf,
     check,
     checked,
     largest_accepted,
     smallest_accepted,
     solve,
 )
-from ..errors import BlockSizeError, ConfigError
+from ..cache.specs import AttentionSpec
 from ..hybrid.page_alignment import (
     Pages,
     alignment_preferences,
+    bytes_per_token,
     largest_state,
     separate_pages,
     state_constraints,
     unified_pages,
 )
 from .decision import BlockSizeDecision, BlockSizeRequest
+from .kept_states import MAMBA_BLOCK_SIZE, check_mamba_block_size, kept_every, require_kept_states
 from .kernel_blocks import kernel_block_size, kernel_constraints, preferred_block_size
-
-MAMBA_BLOCK_SIZE = "mamba_block_size"
-"""Owner of the constraint that the user's ``mamba_block_size`` makes."""
+from .mixed_blocks import covering_rule, has_packed_latents, mixed_blocks, phase3_applies, quantised
 
 
 def decide(
     request: BlockSizeRequest, *, platform: str, default_block_size: int, declared: Sequence[Constraint] = ()
 ) -> BlockSizeDecision:
-    """Phase 1, then phase 2.
+    """Phase 1, then phase 2, then phase 3 where layers of several KV dtypes get blocks of their own length.
 
     :param declared: constraints that the platform adds for the kinds of states in the request.
     :raises BlockSizeError: naming the owners that clash, or the user's size and the nearest that work.
     :raises ConfigError: for a ``mamba_block_size`` where no states are kept.
     """
-    _check_mamba_block_size_applies(request)
+    require_kept_states(request)
     backends = _distinct(request.backends)
     reasons: list[str] = []
     kernels = checked([*kernel_constraints(backends), *declared, *request.extra_constraints])
+    covering = covering_rule(request, backends) if phase3_applies(request) else None
     hard = checked([*kernels, *_phase2_constraints(request)])
-    _check_mamba_block_size(request, hard)
+    check_mamba_block_size(request, hard)
     if request.block_size is not None:
-        check(request.block_size, hard)
+        check(request.block_size, [*hard, *([covering] if covering else [])])
     phase1 = _phase1(request, backends, kernels, platform, default_block_size, reasons)
-    block_size = _phase2(request, phase1, hard, reasons)
+    block_size = checkpoint = _phase2(request, phase1, hard, reasons)
+    block_sizes, own_pages = MappingProxyType[AttentionSpec, int]({}), False
     if _subdivides(request):
         pages = separate_pages(request.attention, request.states, block_size)
+    elif covering is not None or has_packed_latents(request):
+        if covering is not None:
+            block_size = _phase3(block_size, hard, covering, reasons)
+            hard = checked([*hard, covering])
+        pages, block_sizes, own_pages = _mixed_pages(request, backends, block_size, reasons)
     else:
         pages = unified_pages(request.attention, request.states, block_size)
         _explain_pages(request, pages, block_size, reasons)
@@ -68,13 +75,15 @@ def decide(
         state_raw_bytes=pages.state_raw_bytes,
         state_page_bytes=pages.state_page_bytes,
         mamba_page_size_padded=pages.mamba_page_size_padded,
-        mamba_block_size=_mamba_block_size(request, block_size, reasons),
+        mamba_block_size=kept_every(request, checkpoint, reasons),
         mamba_cache_mode=request.mamba_cache_mode,
         phase1_block_size=phase1,
         page_bytes=pages.page_bytes,
         page_strategy=request.page_strategy,
         constraints=hard,
         reasons=tuple(reasons),
+        block_sizes=block_sizes,
+        own_pages=own_pages,
     )
 
 
@@ -111,7 +120,7 @@ def _phase1(
 
 def _phase2_constraints(request: BlockSizeRequest) -> tuple[Constraint, ...]:
     """What states ask for, hard."""
-    rules = [] if _subdivides(request) else [*state_constraints(request.attention, request.states)]
+    rules = [] if _subdivides(request) else [*state_constraints(quantised(request), request.states)]
     if not request.states or request.mamba_cache_mode == "none":
         return tuple(rules)
     if request.prefill_checkpoint_alignment is not None:
@@ -149,70 +158,48 @@ def _phase2(request: BlockSizeRequest, phase1: int, hard: tuple[Constraint, ...]
     return size
 
 
-def _check_mamba_block_size(request: BlockSizeRequest, hard: tuple[Constraint, ...]) -> None:
-    """Refuse a mamba_block_size that no block divides, with the nearest values that work."""
-    if request.mamba_block_size is None or smallest_accepted(hard, 1) is not None:
-        return
-    others = tuple(rule for rule in hard if rule.owner != MAMBA_BLOCK_SIZE)
-    least = solve(others)
-    wanted = request.mamba_block_size
-    finite = [rule for rule in others if isinstance(rule, OneOf)]
-    if finite:
-        values = tuple(sorted({m for n in finite[0].sizes for m in (wanted // n * n, -(-wanted // n) * n) if m}))
-    else:
-        values = tuple(n for n in (largest_accepted(others, wanted), smallest_accepted(others, wanted)) if n)
-    said = "; ".join(f"{rule.owner} needs {rule.describe()}" for rule in others)
-    noun = "value that works is" if len(values) == 1 else "values that work are"
-    raise BlockSizeError(
-        f"mamba_block_size {wanted} is refused: it has to be a whole number of blocks, and the smallest block is "
-        f"{least} ({said}); the nearest {noun} {' and '.join(map(str, values))}",
-        option="mamba_block_size",
-        value=wanted,
-        expected=values,
+def _phase3(size: int, hard: tuple[Constraint, ...], covering: AtLeastPage, reasons: list[str]) -> int:
+    """The block of phase 2, as many times as the rule asks.
+
+    :raises BlockSizeError: if no multiple suits all, naming the owners.
+    """
+    rules = [*hard, covering]
+    grown = smallest_accepted(checked([*rules, MultipleOf(size, owner="the phase 2 block size")]), size)
+    if grown is None:
+        grown = solve(rules)
+    said = f"stays {grown}" if grown == size else f"grows from {size} to {grown}"
+    reasons.append(f"phase 3: {covering.owner} needs {covering.describe()}; the block {said}.")
+    return grown
+
+
+def _mixed_pages(
+    request: BlockSizeRequest, backends: Sequence[Capabilities], block_size: int, reasons: list[str]
+) -> tuple[Pages, MappingProxyType[AttentionSpec, int], bool]:
+    """One page for layers of several KV dtypes and for states, and each kind's block."""
+    state = largest_state(request.states)
+    raw = state.state_bytes if state is not None else 0
+    mixed = mixed_blocks(request, backends, block_size, raw)
+    reasons += mixed.reasons
+    pages = Pages(
+        attention_bytes_per_token=bytes_per_token(request.attention),
+        attention_page_bytes=mixed.page_bytes,
+        state_raw_bytes=raw,
+        state_page_bytes=mixed.page_bytes if raw else 0,
+        page_bytes=mixed.page_bytes,
+        mamba_page_size_padded=mixed.page_bytes if raw and raw != mixed.page_bytes else None,
     )
+    _explain_padding(request, pages, reasons)
+    return pages, MappingProxyType(dict(mixed.block_sizes)), mixed.own_pages
 
 
-def _check_mamba_block_size_applies(request: BlockSizeRequest) -> None:
-    if request.mamba_block_size is None:
-        return
-    if not request.states:
-        why = "the model has no state layers"
-    elif request.mamba_cache_mode == "none":
-        why = "mamba_cache_mode none keeps one state per request and none at block boundaries"
-    else:
-        return
-    raise ConfigError(
-        f"mamba_block_size {request.mamba_block_size} is refused: {why}; leave it out, or use mamba_cache_mode "
-        "align or all with a model that has states",
-        option="mamba_block_size",
-        value=request.mamba_block_size,
-        expected="mamba_cache_mode align or all",
-    )
-
-
-def _mamba_block_size(request: BlockSizeRequest, block_size: int, reasons: list[str]) -> int | None:
-    if not request.states:
-        return None
-    if request.mamba_cache_mode == "none":
+def _explain_padding(request: BlockSizeRequest, pages: Pages, reasons: list[str]) -> None:
+    state = largest_state(request.states)
+    if state is not None and pages.mamba_page_size_padded is not None:
+        padding = pages.page_bytes - pages.state_raw_bytes
         reasons.append(
-            f"states: one per request, so that mamba_block_size is the longest sequence, {request.max_model_len}."
+            f"pages: the {state.kind} state of {pages.state_raw_bytes} bytes is padded by {padding} "
+            f"({100 * padding / pages.state_raw_bytes:.2f} %)."
         )
-        return request.max_model_len
-    if request.mamba_block_size is not None:
-        reasons.append(
-            f"states: kept every {request.mamba_block_size} tokens as the user set, "
-            f"{request.mamba_block_size // block_size} blocks of {block_size}."
-        )
-        return request.mamba_block_size
-    if _subdivides(request):
-        step = -(-max(1, request.state_tokens) // block_size) * block_size
-        reasons.append(
-            f"states: kept every {step} tokens, {step // block_size} blocks of {block_size}, whose K and V take as "
-            "much memory as the states."
-        )
-        return step
-    reasons.append(f"states: kept at every block boundary, each {block_size} tokens.")
-    return block_size
 
 
 def _explain_pages(request: BlockSizeRequest, pages: Pages, block_size: int, reasons: list[str]) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from ..cache.capacity import Capacity, Holding
+from ..cache.capacity import Capacity, Holding, PoolShape
 from ..cache.specs import LayerGroup, MambaSpec
 from ..device import format_bytes
 from ..hybrid.model_specs import ModelSpec
@@ -70,6 +70,11 @@ class Plan:
     def block_size(self) -> int:
         """Tokens of one block of an attention group."""
         return self.decision.block_size
+
+    @property
+    def shape(self) -> PoolShape:
+        """How states and attention share the pool of the tightest stage."""
+        return self.strategy.shape
 
     @property
     def total_ranks(self) -> int:
@@ -142,7 +147,7 @@ class Plan:
             "total_concurrency": {str(length): count for length, count in self.total_concurrency.items()},
             "tightest_stage": self.tightest_stage,
             "stages": [stage.to_dict() for stage in self.stages],
-            "requests": requests_dict(self),
+            "requests": requests_dict(self, self.max_model_len),
             "constraints": [f"{rule.owner}: {rule.describe()}" for rule in decision.constraints],
             "reasons": list(self.reasons),
             "refusals": list(self.refusals),

@@ -10,22 +10,21 @@ from types import MappingProxyType
 from ..attention_backends.interface import Capabilities
 from ..cache.block_size import Constraint, MultipleOf
 from ..cache.capacity import useful_blocks
-from ..cache.specs import AttentionSpec, LayerSpec, MambaSpec
+from ..cache.specs import LATENT_BLOBS, AttentionSpec, LayerSpec, MambaSpec
 from ..config import EngineConfig
 from ..device import DeviceFacts, format_bytes
 from ..errors import BackendError, ConfigError
 from ..hybrid.model_specs import ModelSpec
 from .budget import cache_budget, holding_of, served_max_model_len, with_capacities
+from .cautions import dear_blocks, idle_stages, reset_states
 from .decision import BlockSizeDecision, BlockSizeRequest
 from .interface import Platform
-from .page_strategies import choose_strategy
 from .plan import Plan, PlannedLayer
 from .sizes import sizes_of
 from .stages import StagePlan, state_bytes, tightest, whole_capacity
+from .strategy_choice import choose_strategy
 
 __all__ = ["Plan", "block_size_request", "plan_model", "with_num_blocks", "without_idle_blocks"]
-
-NOTABLE_PADDING_PCT = 10.0
 
 
 def block_size_request(
@@ -52,6 +51,7 @@ def block_size_request(
         max_model_len=_asked_max_model_len(model, config),
         prefill_checkpoint_alignment=cache.mamba_prefill_checkpoint_alignment,
         state_tokens=_state_tokens(model),
+        quantised_dtype=_quantised_dtype(model),
         extra_constraints=(*extra_constraints, *_setting_constraints(backends, config)),
     )
 
@@ -103,7 +103,13 @@ def plan_model(
     said += [*_pipeline(chosen.stages), *decision.reasons, *chosen.reasons]
     stages = with_capacities(chosen.stages, config, budget, config.cache.num_blocks, request.max_model_len)
     tight, capacity = tightest(stages, holding_of(config), request.max_model_len), whole_capacity(stages)
-    warnings = [*mind, *chosen.warnings, *_warnings(decision, tight), *_idle_stages(stages)]
+    warnings = [
+        *mind,
+        *chosen.warnings,
+        *dear_blocks(decision, tight),
+        *idle_stages(stages),
+        *reset_states(model, platform, config),
+    ]
     if capacity is None:
         said.append("capacity: not computed, no memory budget was given and the device's memory is not known.")
     sizes = sizes_of(model, decision, tight, backends.values(), config)
@@ -180,16 +186,6 @@ def _pipeline(stages: Sequence[StagePlan]) -> list[str]:
     ]
 
 
-def _idle_stages(stages: Sequence[StagePlan]) -> list[str]:
-    if all(not stage.groups for stage in stages):
-        return []
-    return [
-        f"{stage.name} stores nothing: its layers read what another stage stores, or keep nothing."
-        for stage in stages
-        if not stage.groups
-    ]
-
-
 def _setting_constraints(backends: Mapping[int, Capabilities], config: EngineConfig) -> tuple[Constraint, ...]:
     """A mask block that the user set for flex is its kernel block, which the block has to be a multiple of."""
     wanted = config.attention.flex_attn_kv_block_size
@@ -240,6 +236,19 @@ def _asked_max_model_len(model: ModelSpec, config: EngineConfig) -> int:
     return asked
 
 
+def _quantised_dtype(model: ModelSpec) -> str | None:
+    """What vLLM sizes blocks for, where skipped layers or packed latents have other pages than that.
+
+    The embedded engine pads pages instead, and so does a plan for layers that no setting of vLLM's gives.
+    """
+    stored = {spec.dtype for spec in _attention(model.layers)}
+    differ = stored - {model.kv_cache_dtype}
+    heads = {(x.num_kv_heads, x.head_size, x.head_size_v, x.mla) for x in _attention(model.layers)}
+    if model.engine != "vllm" or len(heads) != 1 or not (differ == {model.dtype} or stored & LATENT_BLOBS.keys()):
+        return None
+    return model.kv_cache_dtype
+
+
 def _state_tokens(model: ModelSpec) -> int:
     kinds = Counter(_attention(model.layers))
     per_token = sum(count * spec.bytes_per_token for spec, count in kinds.items())
@@ -255,23 +264,6 @@ def _planned(layer: LayerSpec, backends: Mapping[int, Capabilities], decision: B
         layer=layer.layer,
         kind=layer.kind,
         backend=backends[layer.layer].name,
-        page_bytes=layer.spec.page_size_bytes(decision.block_size),
+        page_bytes=layer.spec.bytes_per_token * decision.block_size_of(layer.spec),
         kv_cache_dtype=layer.spec.dtype,
     )
-
-
-def _warnings(decision: BlockSizeDecision, stage: StagePlan) -> list[str]:
-    """What costs memory more than one would expect, with the numbers."""
-    found = []
-    groups, per_block = stage.groups, stage.shape.block_bytes
-    raw = decision.state_raw_bytes
-    if raw and 100 * (decision.state_page_bytes - raw) > NOTABLE_PADDING_PCT * raw:
-        pct = 100 * (decision.state_page_bytes - raw) / raw
-        found.append(f"states of {raw} bytes take pages of {decision.state_page_bytes} bytes: padding of {pct:.1f} %.")
-    floor = len(groups) * per_block
-    if decision.block_size > 8 * decision.phase1_block_size:
-        found.append(
-            f"blocks grew from {decision.phase1_block_size} to {decision.block_size} tokens to hold a state, so that "
-            f"the shortest request takes {format_bytes(floor)}: {len(groups)} groups x {format_bytes(per_block)}."
-        )
-    return found

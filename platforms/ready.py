@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import MappingProxyType
 from typing import TYPE_CHECKING
 
-from ..attention_backends.interface import AttentionBackend, BuildRequest
+from ..attention_backends.interface import AttentionBackend, BuildRequest, LayerRequest
 from ..cache.layout import CacheLayout, Layout
 from ..cache.specs import AttentionSpec, LayerGroup, LayerSpec
 from ..cache.subdivided_layout import SubdividedLayout
 from ..config import LAYOUTS, EngineConfig
 from ..device import DeviceFacts, format_bytes
-from ..errors import BackendError, CapacityError
+from ..errors import BackendError, CapacityError, ConfigError
+from ..hybrid.mixers.backend import MixerBackend
 from .address_range import shortest_reach
 from .orders import common_order
 from .plan import Plan
@@ -23,6 +24,7 @@ from .stages import StagePlan
 if TYPE_CHECKING:
     from ..attention_backends.interface import AttentionImpl
     from ..cache.allocation import KVCache
+    from ..hybrid.mixers.interface import MixerKernels
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -38,6 +40,8 @@ class Ready:
     """Per attention layer (the model's layer index), the built backend; layers alike share one."""
     cleared_groups: frozenset[int]
     """Groups whose kernels touch unwritten slots: an engine clears their blocks at hand-out."""
+    mixers: MixerKernels | None = None
+    """Kernels of the state layers; ``None`` for a model that has none, or whose states mix by themselves."""
     notes: tuple[str, ...] = ()
     """What was decided after the plan (layout, allocation), and what plugins said of it."""
 
@@ -74,11 +78,16 @@ class Ready:
 
 
 def make_ready(
-    config: EngineConfig, plan: Plan, backends: Mapping[int, AttentionBackend], device: DeviceFacts
+    config: EngineConfig,
+    plan: Plan,
+    backends: Mapping[int, AttentionBackend],
+    device: DeviceFacts,
+    mixers: MixerBackend | None = None,
 ) -> Ready:
     """Carry out a plan on its device: allocate the cache, build the backends.
 
     :param backends: per attention layer the chosen backend.
+    :param mixers: the chosen kernels of state layers.
     :raises CapacityError: if the memory is not known, or the device does not give it.
     :raises BackendError: if no layout suits every backend, or one cannot be built.
     """
@@ -107,7 +116,8 @@ def make_ready(
         plan=plan,
         cache=cache,
         attention=MappingProxyType(attention),
-        cleared_groups=_cleared(plan.groups, backends, device),
+        cleared_groups=_cleared(plan.groups, backends, attention, device),
+        mixers=None if mixers is None else mixers.build(device),
         notes=(why, f"cache: {layout.num_blocks} blocks, {format_bytes(layout.total_bytes)}, allocated on {place}."),
     )
 
@@ -155,6 +165,14 @@ def stage_layout(stage: StagePlan, block_size: int, order: str, num_blocks: int)
         return SubdividedLayout(
             order=order, num_blocks=num_blocks, block_size=block_size, shape=stage.shape, groups=stage.groups
         )
+    if stage.slots_per_block * stage.page_bytes != stage.shape.block_bytes:
+        raise ConfigError(
+            f"{stage.name} has layers of several page sizes in one block, as vLLM lays them out itself; page_strategy "
+            "subdivided lays them out here",
+            option="page_strategy",
+            value=stage.page_strategy,
+            expected="subdivided",
+        )
     return CacheLayout(
         order=order,
         num_blocks=num_blocks,
@@ -201,17 +219,23 @@ def _build(
     device: DeviceFacts,
 ) -> dict[int, AttentionImpl]:
     """Equal layers share what is built, and with it what it compiles."""
-    built: dict[tuple[str, AttentionSpec], AttentionImpl] = {}
+    asks = {request.layer: request for request in plan.model.layer_requests()}
+    built: dict[tuple[str, LayerRequest], AttentionImpl] = {}
     attention: dict[int, AttentionImpl] = {}
     for layer in _attention_layers(plan.groups):
         backend, spec = backends[layer.layer], layer.spec
         assert isinstance(spec, AttentionSpec)
-        if (backend.name, spec) not in built:
-            built[backend.name, spec] = backend.build(
+        ask = replace(asks[layer.layer], layer=0)
+        if (backend.name, ask) not in built:
+            built[backend.name, ask] = backend.build(
                 BuildRequest(
                     device=device,
                     spec=spec,
                     dtype=plan.model.dtype,
+                    soft_cap=ask.soft_cap,
+                    sinks=ask.sinks,
+                    encoder_only=ask.encoder_only,
+                    layout=layout.order,
                     block_size=plan.block_size,
                     kernel_block_size=plan.decision.kernel_block_sizes[backend.name],
                     num_blocks=layout.num_blocks,
@@ -221,7 +245,7 @@ def _build(
                     config=config.attention,
                 )
             )
-        attention[layer.layer] = built[backend.name, spec]
+        attention[layer.layer] = built[backend.name, ask]
     return attention
 
 
@@ -230,11 +254,16 @@ def _attention_layers(groups: tuple[LayerGroup, ...]) -> list[LayerSpec]:
 
 
 def _cleared(
-    groups: tuple[LayerGroup, ...], backends: Mapping[int, AttentionBackend], device: DeviceFacts
+    groups: tuple[LayerGroup, ...],
+    backends: Mapping[int, AttentionBackend],
+    attention: Mapping[int, AttentionImpl],
+    device: DeviceFacts,
 ) -> frozenset[int]:
+    """Groups in which a layer's kernels touch unwritten slots, by its backend's word or by what was built."""
+
+    def reads(layer: int) -> bool:
+        return backends[layer].capabilities(device).reads_unwritten_slots or attention[layer].reads_unwritten_slots
+
     return frozenset(
-        group.index
-        for group in groups
-        if not group.is_state
-        and any(backends[layer.layer].capabilities(device).reads_unwritten_slots for layer in group.layers)
+        group.index for group in groups if not group.is_state and any(reads(layer.layer) for layer in group.layers)
     )

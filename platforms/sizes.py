@@ -104,12 +104,13 @@ def _keeps_states(model: ModelSpec, decision: BlockSizeDecision) -> bool:
 
 def _match(model: ModelSpec, decision: BlockSizeDecision) -> tuple[int | None, str]:
     """What a prefix matches, and why."""
+    block = lcm(decision.block_size, *decision.block_sizes.values())
     if not model.state_layers:
-        return decision.block_size, "whole blocks of K and V, there are no states"
+        return block, "whole blocks of K and V, there are no states"
     if not _keeps_states(model, decision) or decision.mamba_block_size is None:
         return None, "mamba_cache_mode none keeps no state at any boundary, and a prefix needs one to go on from"
-    found = lcm(decision.block_size, decision.mamba_block_size)
-    return found, f"whole blocks of {decision.block_size} at whose end a state is kept, every {found} tokens"
+    found = lcm(block, decision.mamba_block_size)
+    return found, f"whole blocks of {block} at whose end a state is kept, every {found} tokens"
 
 
 def _order(stage: StagePlan, backends: Iterable[Capabilities], config: EngineConfig) -> str:

@@ -69,7 +69,7 @@ class StagePlan:
         used = 0
         for layer in group.layers:
             spec = layer.spec
-            used += spec.page_size_bytes(group.block_size) if isinstance(spec, AttentionSpec) else spec.state_bytes
+            used += spec.bytes_per_token * group.block_size if isinstance(spec, AttentionSpec) else spec.state_bytes
         return taken - used
 
     def group_dicts(self) -> list[dict[str, object]]:
@@ -109,7 +109,10 @@ def unified_stages(
     """Every stage with the model's one page size, also one that has only states or only attention."""
     found = []
     for index, (part, layers) in enumerate(_parts(model, count)):
-        groups = group_layers(layers, decision.block_size, state_block_size)
+        if decision.own_pages:
+            found.append(_own_pages_stage(index, part, layers, decision))
+            continue
+        groups = group_layers(layers, decision.block_size, state_block_size, decision.block_sizes)
         slots = slots_per_block(groups)
         found.append(
             StagePlan(
@@ -124,6 +127,24 @@ def unified_stages(
             )
         )
     return tuple(found)
+
+
+def _own_pages_stage(
+    index: int, part: tuple[int, ...], layers: tuple[LayerSpec, ...], decision: BlockSizeDecision
+) -> StagePlan:
+    """All layers in one group, each with a page of its own size: a block is all of them."""
+    pages = [x.spec.page_size_bytes(decision.block_size) for x in layers if isinstance(x.spec, AttentionSpec)]
+    group = LayerGroup(index=0, kind=layers[0].kind, layers=layers, block_size=decision.block_size) if layers else None
+    return StagePlan(
+        index=index,
+        layers=part,
+        groups=(group,) if group else (),
+        page_strategy="unified",
+        shape=PoolShape(block_bytes=max(1, sum(pages))),
+        page_bytes=max(pages, default=decision.page_bytes),
+        slots_per_block=len(pages),
+        state_bytes=0,
+    )
 
 
 def subdivided_stages(

@@ -7,6 +7,9 @@ from ..attention_backends.flex import FlexBackend
 from ..attention_backends.interface import AttentionBackend
 from ..attention_backends.reference import ReferenceBackend
 from ..device import DeviceFacts
+from ..hybrid.mixers.backend import MixerBackend
+from ..hybrid.mixers.reference import ReferenceMixerBackend
+from ..hybrid.mixers.triton import TritonMixerBackend
 from ..platforms.cpu import CPU
 from ..platforms.probing import probe_cpu
 from ..platforms.provider import PlatformProvider
@@ -19,9 +22,7 @@ class CpuPlugin:
     @hookimpl
     def makeready_platforms(self) -> tuple[PlatformProvider, ...]:
         """This machine's CPU."""
-        return (
-            PlatformProvider(name="cpu", platform=CPU, probe=probe_cpu, distribution="makeready"),
-        )
+        return (PlatformProvider(name="cpu", platform=CPU, probe=probe_cpu, distribution="makeready"),)
 
 
 class BackendPlugin:
@@ -36,6 +37,15 @@ class BackendPlugin:
         return (self._backend,)
 
 
+class MixerPlugin:
+    """The package's kernels for state layers."""
+
+    @hookimpl
+    def makeready_mixer_backends(self, device: DeviceFacts) -> tuple[MixerBackend, ...]:
+        """Triton's and the reference."""
+        return (TritonMixerBackend(), ReferenceMixerBackend())
+
+
 def builtin_plugins() -> tuple[tuple[str, object], ...]:
     """The package's own plugins, as (name, instance)."""
     return (
@@ -43,4 +53,5 @@ def builtin_plugins() -> tuple[tuple[str, object], ...]:
         ("flash", BackendPlugin(FlashBackend())),
         ("flex", BackendPlugin(FlexBackend())),
         ("reference", BackendPlugin(ReferenceBackend())),
+        ("mixers", MixerPlugin()),
     )

@@ -8,9 +8,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 
-from ..attention_backends.interface import Probe
+from ..attention_backends.interface import Probe, ProviderFacts
 from ..device import DeviceFacts
 from ..errors import MakereadyError
+from ..platforms.interface import Platform
+from ..platforms.known import plannable_platforms
 from ..platforms.provider import PlatformProvider, PluginProblem, ProbeResult, describe_exception
 from ..platforms.selection import WHEELS, auto_order, run_probe, select_platform
 from ..platforms.software import (
@@ -23,7 +25,7 @@ from ..platforms.software import (
     triton_clash,
 )
 from .manager import Plugins
-from .records import OfferedBackend, PluginInfo
+from .records import OfferedBackend, OfferedMixer, PluginInfo
 
 SOFTWARE: tuple[str, ...] = ("torch", "transformers", "safetensors", "flash-attn", "flash-attn-3", "flash-attn-4")
 """Distributions that are shown also when they are not installed; triton's and Intel's are added."""
@@ -31,13 +33,15 @@ SOFTWARE: tuple[str, ...] = ("torch", "transformers", "safetensors", "flash-attn
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class BackendReport:
-    """One attention backend on one platform."""
+    """One attention backend, or one set of mixer kernels, on one platform."""
 
     name: str
     plugin: str
     distribution: str
     available: bool
     reason: str
+    providers: tuple[ProviderFacts, ...] = ()
+    """Libraries that could bring its kernels, best first; empty for a backend that brings its own."""
 
     def to_dict(self) -> dict[str, object]:
         """The backend as JSON-ready values."""
@@ -47,6 +51,7 @@ class BackendReport:
             "distribution": self.distribution,
             "available": self.available,
             "reason": self.reason,
+            "providers": [provider.to_dict() for provider in self.providers],
         }
 
 
@@ -63,6 +68,8 @@ class PlatformReport:
     verdict: str
     """Why auto takes or refuses it."""
     backends: tuple[BackendReport, ...] = ()
+    mixers: tuple[BackendReport, ...] = ()
+    """Kernels of state layers."""
 
     def to_dict(self) -> dict[str, object]:
         """The platform as JSON-ready values."""
@@ -75,6 +82,7 @@ class PlatformReport:
             "chosen": self.chosen,
             "verdict": self.verdict,
             "backends": [backend.to_dict() for backend in self.backends],
+            "mixers": [backend.to_dict() for backend in self.mixers],
         }
 
 
@@ -125,7 +133,8 @@ def examine(plugins: Plugins) -> DoctorReport:
     backend_problems: list[PluginProblem] = []
     for provider in auto_order(plugins.providers):
         probe = probes[provider.name]
-        backends, problems = _backends(plugins, provider, probe)
+        device = probe.devices[0] if probe.devices else _planned_device(provider.platform)
+        backends, mixers, problems = _backends(plugins, device)
         backend_problems += problems
         platforms.append(
             PlatformReport(
@@ -135,6 +144,7 @@ def examine(plugins: Plugins) -> DoctorReport:
                 chosen=provider.name == auto,
                 verdict=verdicts.get(provider.name, probe.reason),
                 backends=backends,
+                mixers=mixers,
             )
         )
     return DoctorReport(
@@ -147,7 +157,7 @@ def examine(plugins: Plugins) -> DoctorReport:
         plugins=plugins.infos,
         problems=tuple(dict.fromkeys((*plugins.problems, *probe_problems, *backend_problems))),
         disabled=plugins.disabled,
-        platforms=(*platforms, *_only_planned(probes, plugins.problems)),
+        platforms=(*platforms, *_only_planned(plugins, probes)),
         auto=auto,
         auto_reason=auto_reason,
     )
@@ -189,16 +199,33 @@ def _auto(
 
 
 def _backends(
-    plugins: Plugins, provider: PlatformProvider, probe: ProbeResult
-) -> tuple[tuple[BackendReport, ...], tuple[PluginProblem, ...]]:
-    device = probe.devices[0] if probe.devices else _planned_device(provider)
+    plugins: Plugins, device: DeviceFacts
+) -> tuple[tuple[BackendReport, ...], tuple[BackendReport, ...], tuple[PluginProblem, ...]]:
+    """Attention backends, kernels of state layers, and plugins that could not name theirs."""
     offers = plugins.attention_backends(device)
-    return tuple(_backend(offer, device) for offer in offers.offered), offers.problems
+    mixers = plugins.mixer_backends(device)
+    return (
+        tuple(_backend(offer, device) for offer in offers.offered),
+        tuple(_mixer(offer, device) for offer in mixers.offered),
+        (*offers.problems, *mixers.problems),
+    )
 
 
-def _backend(offer: OfferedBackend, device: DeviceFacts) -> BackendReport:
+def _mixer(offer: OfferedMixer, device: DeviceFacts) -> BackendReport:
+    """As for attention, and not available where the kernels have nothing for the device."""
+    report = _backend(offer, device)
+    if report.available and not offer.backend.capabilities(device).dtypes:
+        reason = f"{report.name} has no kernels for {device.platform}"
+        return replace(report, available=False, reason=reason)
+    return report
+
+
+def _backend(offer: OfferedBackend | OfferedMixer, device: DeviceFacts) -> BackendReport:
+    providers: tuple[ProviderFacts, ...] = ()
     try:
         probe = offer.backend.probe(device)
+        if isinstance(offer, OfferedBackend):
+            providers = offer.backend.providers_on(device)
     except Exception as error:  # a vendor's probe that breaks its contract is shown, it does not end the report
         probe = Probe(available=False, reason=f"its probe raised {describe_exception(error)}, which it must not")
     return BackendReport(
@@ -207,25 +234,34 @@ def _backend(offer: OfferedBackend, device: DeviceFacts) -> BackendReport:
         distribution=offer.distribution,
         available=probe.available,
         reason=probe.reason,
+        providers=providers,
     )
 
 
-def _planned_device(provider: PlatformProvider) -> DeviceFacts:
-    return DeviceFacts(platform=provider.name, device_type=provider.platform.device_type, present=False)
+def _planned_device(platform: Platform) -> DeviceFacts:
+    return DeviceFacts(platform=platform.name, device_type=platform.device_type, present=False)
 
 
-def _only_planned(probes: dict[str, ProbeResult], problems: Sequence[PluginProblem]) -> Sequence[PlatformReport]:
+def _only_planned(plugins: Plugins, probes: dict[str, ProbeResult]) -> Sequence[PlatformReport]:
     """Platforms that the package plans for and whose wheel is not installed."""
-    reports = []
+    reports, platforms = [], plannable_platforms(plugins.providers)
     for name, wheel in WHEELS.items():
         if name not in probes:
-            broken = next((problem for problem in problems if problem.may_provide(name)), None)
+            broken = next((problem for problem in plugins.problems if problem.may_provide(name)), None)
             reason = f"{name} can be planned for; to run on it: pip install {wheel}"
             if broken is not None:
                 reason = f"{name} can be planned for; its wheel is installed and broken: {broken.exception}"
-            probe = ProbeResult(available=False, reason=reason)
+            backends, mixers, _ = _backends(plugins, _planned_device(platforms[name]))
             reports.append(
-                PlatformReport(name=name, distribution=None, probe=probe, chosen=False, verdict=reason)
+                PlatformReport(
+                    name=name,
+                    distribution=None,
+                    probe=ProbeResult(available=False, reason=reason),
+                    chosen=False,
+                    verdict=reason,
+                    backends=backends,
+                    mixers=mixers,
+                )
             )
     return reports
 

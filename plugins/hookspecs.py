@@ -14,6 +14,7 @@ import pluggy
 from ..attention_backends.interface import AttentionBackend
 from ..cache.block_size import Constraint
 from ..device import DeviceFacts
+from ..hybrid.mixers.backend import MixerBackend
 from ..platforms.decision import BlockSizeRequest
 from ..platforms.provider import PlatformProvider
 from .records import KVConnectorProvider
@@ -42,6 +43,14 @@ def makeready_attention_backends(device: DeviceFacts) -> Sequence[AttentionBacke
 
     Also called for devices that are only planned for (``device.present`` is false), so it neither imports torch
     nor asks the device: that is the backend's ``probe``.
+    """
+
+
+@hookspec
+def makeready_mixer_backends(device: DeviceFacts) -> Sequence[MixerBackend]:  # type: ignore[empty-body]
+    """The kernels of state layers that this plugin has for ``device``; none for devices it does not know.
+
+    As for attention backends it is called for devices that are only planned for, and probing comes later.
     """
 
 

@@ -17,7 +17,15 @@ from ..platforms.provider import PlatformProvider, PluginProblem
 from . import calling, verification
 from .builtin import builtin_plugins
 from .discovery import Found, Source, disabled_names, found_entry_points, loaded
-from .records import BackendOffers, KVConnectorProvider, OfferedBackend, PluginInfo, StartupNote
+from .records import (
+    BackendOffers,
+    KVConnectorProvider,
+    MixerOffers,
+    OfferedBackend,
+    OfferedMixer,
+    PluginInfo,
+    StartupNote,
+)
 from .uniqueness import Claim, repeated
 
 if TYPE_CHECKING:
@@ -61,6 +69,26 @@ class Plugins:
             if info.name not in refused
         )
         return BackendOffers(offered=offered, problems=(*gathered.problems, *rivals))
+
+    def mixer_backends(self, device: DeviceFacts) -> MixerOffers:
+        """Every plugin's kernels of state layers for ``device``, with the same rules."""
+        gathered = calling.gather(
+            self.manager,
+            self.infos,
+            "makeready_mixer_backends",
+            verification.checked_mixers,
+            {"device": device},
+        )
+        claims = [Claim(info, backend.name) for info, backends in gathered.answers for backend in backends]
+        rivals = repeated(claims, "mixer backend")
+        refused = {problem.name for problem in rivals}
+        offered = tuple(
+            OfferedMixer(backend=backend, plugin=info.name, distribution=info.distribution)
+            for info, backends in gathered.answers
+            for backend in backends
+            if info.name not in refused
+        )
+        return MixerOffers(offered=offered, problems=(*gathered.problems, *rivals))
 
     def block_size_constraints(self, request: BlockSizeRequest) -> tuple[Constraint, ...]:
         """What plugins ask of the block size.

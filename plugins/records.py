@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from ..attention_backends.interface import AttentionBackend
+from ..hybrid.mixers.backend import MixerBackend
 from ..platforms.provider import PluginProblem
 
 if TYPE_CHECKING:
@@ -73,6 +74,29 @@ class BackendOffers:
     @property
     def backends(self) -> tuple[AttentionBackend, ...]:
         """The backends alone."""
+        return tuple(offer.backend for offer in self.offered)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class OfferedMixer:
+    """Kernels of state layers and who brought them."""
+
+    backend: MixerBackend
+    plugin: str
+    distribution: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MixerOffers:
+    """The kernels of state layers for one device, in the order their plugins were registered."""
+
+    offered: tuple[OfferedMixer, ...]
+    problems: tuple[PluginProblem, ...] = ()
+    """Plugins whose hook raised or answered something that is not a mixer backend, for this device."""
+
+    @property
+    def backends(self) -> tuple[MixerBackend, ...]:
+        """The kernels alone."""
         return tuple(offer.backend for offer in self.offered)
 
 

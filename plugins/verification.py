@@ -10,6 +10,7 @@ import pluggy
 
 from ..attention_backends.interface import AttentionBackend
 from ..cache.block_size import CONSTRAINT_TYPES, Constraint
+from ..hybrid.mixers.backend import MixerBackend
 from ..platforms.interface import Platform
 from ..platforms.provider import PlatformProvider, describe_exception
 from . import hookspecs
@@ -87,11 +88,22 @@ def checked_platforms(answer: object) -> tuple[PlatformProvider, ...]:
 def checked_backends(answer: object) -> tuple[AttentionBackend, ...]:
     """What ``makeready_attention_backends`` answered, checked."""
     backends = _sequence_of(answer, AttentionBackend, "makeready_attention_backends")
+    _require_names(backends, "makeready_attention_backends")
+    return backends
+
+
+def checked_mixers(answer: object) -> tuple[MixerBackend, ...]:
+    """What ``makeready_mixer_backends`` answered, checked."""
+    backends = _sequence_of(answer, MixerBackend, "makeready_mixer_backends")
+    _require_names(backends, "makeready_mixer_backends")
+    return backends
+
+
+def _require_names(backends: Sequence[AttentionBackend | MixerBackend], hook: str) -> None:
     for backend in backends:
         if not isinstance(getattr(backend, "name", None), str):
-            raise Refused(f"makeready_attention_backends: {type(backend).__name__} has no name")
-    _no_repeats([backend.name for backend in backends], "makeready_attention_backends")
-    return backends
+            raise Refused(f"{hook}: {type(backend).__name__} has no name")
+    _no_repeats([backend.name for backend in backends], hook)
 
 
 def checked_connectors(answer: object) -> tuple[KVConnectorProvider, ...]:

@@ -30,6 +30,7 @@ from makeready.platforms.xpu import XPU
 
 PLATFORMS = (CPU, CUDA, XPU)
 KINDS = ("mamba1", "mamba2", "gdn", "kda", "shortconv", "lightning")
+REFUSED = ("block_size", "mamba_block_size", "page_strategy", "kv_cache_dtype", "kv_cache_dtype_skip_layers")
 CHUNK = 5000
 Case = tuple[ModelSpec, object, list[Capabilities], dict[str, object]]
 
@@ -71,13 +72,18 @@ def random_state(source: random.Random) -> MambaSpec:
 def random_case(source: random.Random) -> Case:
     """A hybrid model of up to 36 layers, a platform, a kernel per kind of attention layer, and settings."""
     kinds = [random_attention(source) for _ in range(source.choice((1, 1, 1, 2)))]
+    stored = "bfloat16"
+    if source.random() < 0.1:  # some layers keep the model's dtype
+        stored = source.choice(("fp8_e4m3", "nvfp4", "int8_per_token_head"))
+        window = source.choice((None, None, 512))
+        kinds = [replace(kinds[0], dtype=stored, sliding_window=window), replace(kinds[0], dtype="bfloat16")]
     states = [random_state(source) for _ in range(source.choice((1, 1, 2)))]
     attention = [spec for spec in kinds for _ in range(source.randint(1, 8))]
     kept = [spec for spec in states for _ in range(source.randint(1, 10))]
     layers = tuple(LayerSpec(layer=index, spec=spec) for index, spec in enumerate((*attention, *kept)))
     model = ModelSpec(
         name="random", model_type="random", engine=source.choice(("vllm", "transformers")), dtype="bfloat16",
-        kv_cache_dtype="bfloat16", tensor_parallel_size=1, num_layers=len(layers), max_model_len=8192, layers=layers,
+        kv_cache_dtype=stored, tensor_parallel_size=1, num_layers=len(layers), max_model_len=8192, layers=layers,
     )  # fmt: skip
     mode = source.choice(("none", "none", "align", "all"))
     options: dict[str, object] = {"mamba_cache_mode": mode}
@@ -111,7 +117,8 @@ def check_plan(case: Case, plan: Plan) -> Iterator[str]:
         yield f"the user's block {options['block_size']} became {size}"
     if "mamba_block_size" in options and decision.mamba_block_size != options["mamba_block_size"]:
         yield f"the user's mamba_block_size {options['mamba_block_size']} became {decision.mamba_block_size}"
-    if decision.mamba_cache_mode != "none" and decision.mamba_block_size % size:  # type: ignore[operator]
+    grown = bool(decision.block_sizes)  # in vLLM's phase 3, after which states stay where phase 2 put them
+    if decision.mamba_cache_mode != "none" and not grown and decision.mamba_block_size % size:  # type: ignore[operator]
         yield f"states are kept every {decision.mamba_block_size} tokens, no whole number of blocks of {size}"
     for name, kernel in decision.kernel_block_sizes.items():
         if size % kernel:
@@ -131,6 +138,12 @@ def check_unified(plan: Plan, options: dict[str, object]) -> Iterator[str]:
     for layer in plan.layers:
         if layer.page_bytes > plan.page_bytes:
             yield f"layer {layer.layer} needs {layer.page_bytes} of a page of {plan.page_bytes}"
+    for group in plan.groups:
+        tokens = group.block_size
+        if not group.is_state and any(x.spec.page_size_bytes(tokens) > plan.page_bytes for x in group.layers):  # type: ignore[union-attr]
+            yield f"a block of {tokens} tokens of {group.layers[0]} is more than a page of {plan.page_bytes}"
+    if decision.block_sizes:
+        return
     finite = any(isinstance(rule, (OneOf, Divides)) for rule in decision.constraints)
     if "block_size" in options or finite or decision.block_size == decision.phase1_block_size:
         return
@@ -185,7 +198,7 @@ def check_case(case: Case, number: int) -> tuple[str, list[str]]:
         plan = plan_case(case, strategy)
     except (BlockSizeError, CapacityError) as error:
         refused = f"{strategy} refused, {error.option}"
-        faults = [] if error.option in ("block_size", "mamba_block_size", "page_strategy") else [error.message]
+        faults = [] if error.option in REFUSED else [error.message]
         return refused, faults
     faults = list(check_plan(case, plan))
     if number % 10 == 0:

@@ -42,6 +42,7 @@ class TinyReady:
     config: EngineConfig
     max_model_len: int
     cleared_groups: frozenset[int]
+    device: DeviceFacts = DEVICE
 
 
 def backend_named(name: str) -> AttentionBackend:
@@ -53,7 +54,13 @@ def spec_of(model: Any) -> ModelSpec:
 
 
 def make_ready(
-    model: Any, *, backend: str = "reference", order: str = "NHD", block_size: int = 16, **options: Any
+    model: Any,
+    *,
+    backend: str = "reference",
+    order: str = "NHD",
+    block_size: int = 16,
+    device: DeviceFacts = DEVICE,
+    **options: Any,
 ) -> TinyReady:
     """One small geometry for every family."""
     spec = spec_of(model)
@@ -66,12 +73,15 @@ def make_ready(
         block_size=block_size,
         groups=groups,
     )
-    kv_cache = allocate(layout, torch.device("cpu"))
+    kv_cache = allocate(layout, torch.device(device.device_type))
     kv_cache.poison()
-    clears = backend_named(backend).capabilities(DEVICE).reads_unwritten_slots
+    clears = backend_named(backend).capabilities(device).reads_unwritten_slots
     return TinyReady(
+        device=device,
         cache=kv_cache,
-        attention={layer.layer: _built(backend, layer.spec, spec.dtype, block_size) for layer in spec.attention_layers},
+        attention={
+            layer.layer: _built(backend, layer.spec, spec.dtype, block_size, device) for layer in spec.attention_layers
+        },
         groups=groups,
         block_size=block_size,
         config=EngineConfig.from_options(**options),
@@ -93,15 +103,15 @@ def planned_ready(model: Any, *, backend: str = "reference", num_blocks: int = 2
 
 
 @cache
-def _built(backend: str, spec: AttentionSpec, dtype: str, block_size: int) -> AttentionImpl:
+def _built(backend: str, spec: AttentionSpec, dtype: str, block_size: int, device: DeviceFacts) -> AttentionImpl:
     """Shared by all engines of the test run: what flex compiles is kept."""
     return backend_named(backend).build(
         BuildRequest(
-            device=DEVICE,
+            device=device,
             spec=spec,
             dtype=dtype,
             block_size=block_size,
-            kernel_block_size=kernel_block_size(backend_named(backend).capabilities(DEVICE), block_size),
+            kernel_block_size=kernel_block_size(backend_named(backend).capabilities(device), block_size),
             num_blocks=NUM_BLOCKS,
             max_num_seqs=8,
             max_num_batched_tokens=512,

@@ -9,7 +9,8 @@ import pytest
 import torch
 
 from makeready.attention_backends.flash import FlashBackend
-from makeready.attention_backends.flash.ipex import IpexProvider, installed_version
+from makeready.attention_backends.flash.installed import installed_version
+from makeready.attention_backends.flash.ipex import IpexProvider
 from makeready.attention_backends.flash.ipex_attention import IpexAttention
 from makeready.attention_backends.flash.self_check import check_against_reference, differences
 from makeready.attention_backends.interface import AttentionCall, BuildRequest

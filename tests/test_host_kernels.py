@@ -22,7 +22,6 @@ KIMI = "moonshotai/Kimi-Linear-48B-A3B-Instruct"
         (KIMI, "cuda", "fp8", "flashmla", 576),
         (KIMI, "xpu", "fp8", "triton_mla", 576),
         (KIMI, "cuda", "fp8_ds_mla", "flashmla", 656),
-        (KIMI, "cuda", "nvfp4_ds_mla", "flashinfer_mla", 352),
     ],
 )
 def test_quantised_caches_are_planned_with_the_kernels_that_store_them(model, platform, dtype, backend, per_token):
@@ -31,6 +30,43 @@ def test_quantised_caches_are_planned_with_the_kernels_that_store_them(model, pl
     assert facts["attention_bytes_per_token"] == per_token
     assert facts["attention_page_bytes"] >= facts["state_raw_bytes"]
     assert facts["block_size"] % facts["kernel_block_sizes"][backend] == 0
+
+
+def test_packed_latents_without_states():
+    facts = makeready.plan("deepseek-ai/DeepSeek-V3", platform="cuda", kv_cache_dtype="nvfp4_ds_mla").to_dict()
+    assert facts["attention_bytes_per_token"] == 352
+    assert facts["kernel_block_sizes"] == {"flashinfer_mla": 32}
+
+
+@pytest.mark.parametrize(
+    ("model", "backend", "dtype", "kernel"),
+    [
+        (NANO, "flashinfer_trtllm", "nvfp4", 256),
+        (KIMI, "cutlass_mla", "auto", 128),
+        (KIMI, "tokenspeed_mla", "fp8", 64),
+        ("google/gemma-3-27b-it", "flashinfer_trtllm", "auto", 16),
+    ],
+)
+def test_kernels_of_few_devices_are_planned_by_name(model, backend, dtype, kernel):
+    facts = makeready.plan(model, platform="cuda", backend=backend, kv_cache_dtype=dtype).to_dict()
+    assert facts["kernel_block_sizes"] == {backend: kernel}
+
+
+def test_kernels_of_few_devices_are_not_assumed():
+    assert makeready.plan(KIMI, platform="cuda", kv_cache_dtype="fp8").to_dict()["kernel_block_sizes"] == {
+        "flashmla": 64
+    }
+    with pytest.raises(BackendError, match="flash_attn_fa4_sm100 serves head sizes 256, and the layer has 128"):
+        makeready.plan(NANO, platform="cuda", backend="flash_attn_fa4_sm100")
+
+
+def test_fixed_pages_of_fa4_are_kernel_blocks():
+    wide = {"model_type": "llama", "hidden_size": 1024, "num_hidden_layers": 2, "num_attention_heads": 2,
+            "head_dim": 256, "max_position_embeddings": 4096, "dtype": "bfloat16"}  # fmt: skip
+    assert makeready.plan(wide, platform="cuda", backend="flash_attn_fa4_sm100").block_size == 128
+    wider = {**wide, "head_dim": 512}
+    plan = makeready.plan(wider, platform="cuda", backend="flash_attn_fa4_sm90", kv_cache_dtype="fp8")
+    assert plan.block_size == 64
 
 
 def test_what_makeready_stores_itself_is_chosen_first():

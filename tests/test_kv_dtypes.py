@@ -89,8 +89,6 @@ def test_unified_pads_narrow_pages_and_says_so():
     empty = 1 - (2 * 1024 + 4 * 512) / (6 * 1024)
     assert any(f"empty by {empty:.1%}" in warning for warning in plan.warnings)
     assert any(f"4 x fp8_e4m3 fill {512 * size} bytes, padded by {512 * size}" in reason for reason in plan.reasons)
-    said = planned(NANO, (5, 12), engine="vllm").warnings
-    assert any("engine vllm itself gives layers of narrow pages longer blocks" in warning for warning in said)
 
 
 def test_unified_is_refused_where_more_than_half_would_be_empty():

@@ -220,7 +220,6 @@ def test_impossible_numbers_are_refused_by_name():
         ({"block_size": True}, "block_size True"),
         ({"groups": ()}, "at least one group"),
         ({"slots_per_block": 2}, "group 2 has 3 layers for 2 slots_per_block"),
-        ({"block_size": 8}, "group 0 has block_size 4; the cache has 8"),
         ({"groups": good.groups[1:]}, "group 1 stands at position 0"),
         (
             {"page_size_bytes": 64},

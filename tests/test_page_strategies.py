@@ -20,10 +20,12 @@ from makeready.cache.subdivision import subdivide
 from makeready.config import DTYPES, LAYOUTS, EngineConfig
 from makeready.errors import BlockSizeError, CapacityError, ConfigError
 from makeready.hybrid.model_specs import read_model
+from makeready.platforms.address_range import shortest_reach
 from makeready.platforms.cuda import CUDA
 from makeready.platforms.page_strategies import reads_block_major
 from makeready.platforms.plan import Plan
 from makeready.platforms.planning import plan_model, without_idle_blocks
+from makeready.platforms.ready import layout_of
 
 NANO = "nvidia/NVIDIA-Nemotron-3-Nano-30B-A3B-BF16"
 KERNELS = Capabilities(
@@ -100,6 +102,23 @@ def test_kernels_with_a_short_reach_get_unified_pages_of_a_large_pool():
     plan = planned(kernels=short, memory_bytes=64 << 30)
     assert plan.strategy.name == "unified"
     assert any("any addresses 2147483647 elements" in said for said in plan.reasons)
+
+
+def test_reach_counts_the_pool_that_is_left_once_idle_blocks_are_trimmed():
+    """A large device does not matter where a few short requests leave most of it idle."""
+    spec = read_model(NANO)
+    short = {layer.layer: replace(KERNELS, max_view_elements=2**31 - 1) for layer in spec.attention_layers}
+    large = {"device_memory_bytes": 139 << 30, "max_num_seqs": 8}
+    for length, strategy in ((8192, "subdivided"), (131072, "unified")):
+        config = EngineConfig.from_options(**large, max_model_len=length)
+        plan = plan_model(spec, CUDA, short, config)
+        assert plan.strategy.name == strategy
+        fitted = without_idle_blocks(plan, config)
+        reach = shortest_reach(layout_of(fitted, "cross_layer_NHD", fitted.capacity.num_blocks), short)
+        if strategy == "subdivided":
+            assert fitted.capacity.num_blocks <= reach.num_blocks
+    fixed = EngineConfig.from_options(num_blocks=1 << 20, max_model_len=8192)
+    assert plan_model(spec, CUDA, short, fixed).strategy.name == "unified"
 
 
 def test_subdivided_is_refused_where_there_is_one_kind_of_page():

@@ -15,7 +15,7 @@ from makeready.config import EngineConfig
 from makeready.startup import BUNDLED_MODEL
 
 ROOT = Path(__file__).parent.parent
-PAGES = ("README.md", "docs/engine_guide.md", "docs/planning.md", "docs/cache.md")
+PAGES = ("README.md", "docs/engine_guide.md", "docs/planning.md", "docs/cache.md", "docs/flash.md")
 
 
 def blocks(page: str, language: str) -> list[str]:

@@ -1,6 +1,6 @@
 """Flash attention: a policy per platform, and providers that bring the kernels."""
 
 from .backend import FlashBackend
-from .providers import FlashProvider, Library
+from .providers import FlashProvider
 
-__all__ = ["FlashBackend", "FlashProvider", "Library"]
+__all__ = ["FlashBackend", "FlashProvider"]

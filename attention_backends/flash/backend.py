@@ -4,31 +4,52 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from ...config import LAYOUTS
+from ...config import LAYOUTS, AttentionConfig
 from ...device import DeviceFacts
 from ...errors import BackendError
-from ..interface import AttentionBackend, AttentionImpl, BuildRequest, Capabilities, Probe
+from ..interface import AttentionBackend, AttentionImpl, BuildRequest, Capabilities, LayerRequest, Probe, ProviderFacts
+from .flash_attention_3 import FlashAttention3
+from .flash_attention_4 import FlashAttention4
 from .ipex import IpexProvider
-from .providers import LIBRARIES, FlashProvider, missing
+from .providers import FlashProvider, build_refusals, describe, layer_refusals
+from .torch_varlen import TorchVarlen
+from .xpu_kernels import XpuKernels
 
 HALF = frozenset({"bfloat16", "float16"})
 FP8 = frozenset({"fp8_e4m3", "fp8_e5m2"})
+
+
+def default_providers() -> tuple[FlashProvider, ...]:
+    """Every provider that comes with the package, in the order in which automatic choice tries them."""
+    return (FlashAttention3(), FlashAttention4(), TorchVarlen(), XpuKernels(), IpexProvider())
 
 
 class FlashBackend(AttentionBackend):
     """Paged flash kernels of whichever provider is installed.
 
     :param providers: best first; ``None`` takes the ones that come with the package.
+    :param asked: the only one that may serve.
     """
 
     name = "flash"
 
-    def __init__(self, providers: Sequence[FlashProvider] | None = None) -> None:
-        self.providers: tuple[FlashProvider, ...] = (IpexProvider(),) if providers is None else tuple(providers)
+    def __init__(self, providers: Sequence[FlashProvider] | None = None, *, asked: str | None = None) -> None:
+        self.providers: tuple[FlashProvider, ...] = default_providers() if providers is None else tuple(providers)
+        self.asked = asked
+
+    def configured(self, config: AttentionConfig, device: DeviceFacts) -> FlashBackend:
+        """With a provider asked, this backend is that provider: what it cannot do, flash cannot do.
+
+        :raises BackendError: for a provider that is not known, or not made for this type of device.
+        """
+        if config.flash_provider is None:
+            return self
+        self._require_known(config.flash_provider, device)
+        return FlashBackend(self.providers, asked=config.flash_provider)
 
     def capabilities(self, device: DeviceFacts) -> Capabilities:
-        """What the platform's kernels share; elsewhere what the first provider for the device type can do."""
-        if device.device_type == "cuda":
+        """The asked provider's; else what the platform's kernels share, or what the first provider there can do."""
+        if self.asked is None and device.device_type == "cuda":
             return Capabilities(
                 name=self.name,
                 dtypes=HALF,
@@ -41,7 +62,7 @@ class FlashBackend(AttentionBackend):
                 soft_cap=True,
                 sinks=True,
             )
-        if device.device_type == "xpu":
+        if self.asked is None and device.device_type == "xpu":
             return Capabilities(
                 name=self.name,
                 dtypes=HALF,
@@ -60,7 +81,7 @@ class FlashBackend(AttentionBackend):
         return Capabilities(name=self.name, dtypes=frozenset(), kv_cache_dtypes=frozenset(), layouts=())
 
     def probe(self, device: DeviceFacts) -> Probe:
-        """The first provider that loads; else what each one lacks and which libraries would help."""
+        """The first provider that loads; else what each one lacks and how to get it."""
         reasons = []
         for provider in self._serving(device):
             probe = provider.probe(device)
@@ -69,16 +90,51 @@ class FlashBackend(AttentionBackend):
             reasons.append(f"{provider.name}: {probe.reason}")
         return Probe(available=False, reason=self._nothing_serves(device, reasons))
 
+    def refusals(self, request: LayerRequest, device: DeviceFacts) -> tuple[str, ...]:
+        """Empty if a provider that loads here can serve the layer; else what each of them lacks for it."""
+        found = []
+        for provider in self._serving(device):
+            if provider.probe(device).available:
+                lacking = layer_refusals(provider, request, device)
+                if not lacking:
+                    return ()
+                found.append("; ".join(lacking))
+        return (f"no flash provider that loads here can serve it: {'; '.join(found)}",) if found else ()
+
+    def providers_on(self, device: DeviceFacts) -> tuple[ProviderFacts, ...]:
+        """Each with its probe and its constraints."""
+        facts = []
+        for provider in self._serving(device):
+            probe, passed = provider.probe(device), provider.only_when_asked(device)
+            said = describe(provider.constraints(device))
+            facts.append(
+                ProviderFacts(
+                    name=provider.name,
+                    available=probe.available,
+                    reason=probe.reason,
+                    constraints=f"{said}; taken only when asked: {passed}" if passed else said,
+                )
+            )
+        return tuple(facts)
+
     def build(self, request: BuildRequest) -> AttentionImpl:
-        """The first provider that loads and can serve the request.
+        """The first provider that loads and can serve the request; with one asked, that one or none.
 
         :raises BackendError: when none can, with every provider's reasons and what to install.
         """
+        asked = request.config.flash_provider or self.asked
+        if asked is not None:
+            self._require_known(asked, request.device)
         reasons = []
-        for provider in self._serving(request.device):
+        for provider in self._serving(request.device, asked):
+            passed = None if asked is not None else provider.only_when_asked(request.device)
             probe = provider.probe(request.device)
-            if not probe.available:
-                reasons.append(f"{provider.name}: {probe.reason}")
+            if passed or not probe.available:
+                reasons.append(f"{provider.name}: {passed or probe.reason}")
+                continue
+            lacking = build_refusals(provider, request)
+            if lacking:
+                reasons.append(f"{provider.name}: {'; '.join(lacking)}")
                 continue
             try:
                 return provider.build(request)
@@ -86,20 +142,40 @@ class FlashBackend(AttentionBackend):
                 reasons.append(f"{provider.name}: {error.message}")
         raise BackendError(
             self._nothing_serves(request.device, reasons),
-            option="backend",
-            value=self.name,
+            option="backend" if asked is None else "flash_provider",
+            value=asked or self.name,
             expected="a provider of flash kernels for this device",
         )
 
-    def _serving(self, device: DeviceFacts) -> list[FlashProvider]:
-        return [provider for provider in self.providers if device.device_type in provider.device_types]
+    def _serving(self, device: DeviceFacts, asked: str | None = None) -> list[FlashProvider]:
+        only = asked or self.asked
+        return [
+            provider
+            for provider in self.providers
+            if device.device_type in provider.device_types and only in (None, provider.name)
+        ]
+
+    def _require_known(self, asked: str, device: DeviceFacts) -> None:
+        """The asked provider is one of ours and answers for this type of device, or this raises."""
+        known = {provider.name: provider for provider in self.providers}
+        here = [name for name, provider in known.items() if device.device_type in provider.device_types]
+        if asked in here:
+            return
+        listed = ", ".join(here) or "none"
+        said = f"flash_provider {asked!r} is not known"
+        if asked in known:
+            types = ", ".join(sorted(known[asked].device_types))
+            said = f"flash_provider {asked!r} serves {types}, and this device is {device.device_type}"
+        raise BackendError(
+            f"{said}; for {device.device_type} there are {listed}",
+            option="flash_provider",
+            value=asked,
+            expected=here,
+        )
 
     def _nothing_serves(self, device: DeviceFacts, reasons: Sequence[str]) -> str:
-        """The sentence of a refusal, with all that was tried and what else there is."""
+        """The sentence of a refusal, with all that was tried."""
         tried = "; ".join(reasons) if reasons else "no provider for this device type is registered"
-        spoken_for = {provider.module for provider in self.providers}
-        libraries = missing(device, [library for library in LIBRARIES if library.module not in spoken_for])
-        seen = f" (libraries: {libraries})" if libraries else ""
         same = device.platform == device.device_type
         where = device.platform if same else f"{device.platform} ({device.device_type})"
-        return f"flash has no provider that serves {where}: {tried}{seen}"
+        return f"flash has no provider that serves {where}: {tried}"

@@ -4,26 +4,19 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
-from importlib import import_module, metadata
+from importlib import import_module
 from typing import Any
 
 from ...device import DeviceFacts
 from ...errors import BackendError
 from ..interface import AttentionImpl, BuildRequest, Capabilities, Probe
+from .installed import installed_version
 from .providers import FlashProvider
 
 MODULE = "intel_extension_for_pytorch"
 INSTALL = "pip install torch==2.8.0 intel-extension-for-pytorch==2.8.0"
 DTYPES = frozenset({"float32", "bfloat16", "float16"})
 KERNELS = ("single_query_cached_kv_attention", "flash_attn_varlen_func")
-
-
-def installed_version(distribution: str) -> str | None:
-    """The version of an installed distribution, without importing it; ``None`` where it is not installed."""
-    try:
-        return metadata.version(distribution)
-    except metadata.PackageNotFoundError:
-        return None
 
 
 def load_kernels() -> Any:
@@ -43,7 +36,6 @@ class IpexProvider(FlashProvider):
 
     name = "ipex"
     device_types = frozenset({"cpu", "xpu"})
-    module = MODULE
 
     def __init__(
         self,
@@ -59,6 +51,7 @@ class IpexProvider(FlashProvider):
             return Capabilities(name="flash", dtypes=frozenset(), kv_cache_dtypes=frozenset(), layouts=())
         return Capabilities(
             name="flash",
+            owner="flash by ipex",
             dtypes=DTYPES,
             kv_cache_dtypes=DTYPES,
             max_head_size=576,

@@ -1,28 +1,23 @@
-"""Who brings flash kernels: the interface a provider fills, and the libraries that are worth looking for."""
+"""Who brings flash kernels: the interface a provider fills. No torch here."""
 
 from __future__ import annotations
 
-import re
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
-from dataclasses import dataclass
-from importlib.metadata import PackageNotFoundError, version
-from importlib.util import find_spec
-from pathlib import Path
+from dataclasses import replace
 
+from ...cache.specs import AttentionSpec
 from ...device import DeviceFacts
-from ..interface import AttentionImpl, BuildRequest, Capabilities, Probe
+from ..interface import AttentionImpl, BuildRequest, Capabilities, LayerRequest, Probe
+from ..selection import refusals
 
 
 class FlashProvider(ABC):
     """One library's paged attention kernels behind the flash backend. Torch only in :meth:`build`."""
 
     name: str
-    """Short name of the library, such as ``ipex``."""
+    """What the user writes after ``--provider``."""
     device_types: frozenset[str]
     """Device types that it has an answer for, as ``torch.device`` calls them."""
-    module: str = ""
-    """What it imports, if that is one of :data:`LIBRARIES`: its probe speaks for the library then."""
 
     @abstractmethod
     def probe(self, device: DeviceFacts) -> Probe:
@@ -32,6 +27,14 @@ class FlashProvider(ABC):
     def constraints(self, device: DeviceFacts) -> Capabilities:
         """What these kernels can do on ``device``, within what the flash backend declares. No probing."""
 
+    def spec_refusal(self, spec: AttentionSpec) -> str | None:
+        """What :class:`Capabilities` has no word for: why a layer that fits them is not served, or ``None``."""
+        return None
+
+    def only_when_asked(self, device: DeviceFacts) -> str | None:
+        """Why automatic choice passes over these kernels on ``device`` though they serve; ``None`` if it does not."""
+        return None
+
     @abstractmethod
     def build(self, request: BuildRequest) -> AttentionImpl:
         """The kernels ready to run.
@@ -40,90 +43,72 @@ class FlashProvider(ABC):
         """
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Library:
-    """A third-party library with flash kernels, for a probe that can say what is missing."""
-
-    title: str
-    module: str
-    """What would be imported."""
-    device_types: frozenset[str]
-    install: str
-    """The command that installs it."""
-    least: tuple[str, tuple[int, int]] | None = None
-    """A distribution and its first version (major, minor) that has what is needed; ``None`` for any."""
-
-    def describe(self) -> str:
-        """One clause: found or not, and how to get it."""
-        if _installed(self.module) and self.least is not None and _release(self.least[0]) < self.least[1]:
-            name, (major, minor) = self.least
-            return f"{self.title} needs {name} {major}.{minor}, and {_version(name)} is installed ({self.install})"
-        if _installed(self.module):
-            return f"{self.title} is installed ({self.module}) but no provider for it is registered"
-        return f"{self.title} is not installed ({self.install})"
+def layer_refusals(provider: FlashProvider, request: LayerRequest, device: DeviceFacts) -> tuple[str, ...]:
+    """What a layer asks that the provider's kernels do not have, a sentence each."""
+    found = refusals(replace(provider.constraints(device), name=provider.name), request)
+    beyond = provider.spec_refusal(request.spec)
+    return found if beyond is None else (*found, f"{provider.name} {beyond}")
 
 
-LIBRARIES: tuple[Library, ...] = (
-    Library(
-        title="FlashAttention 3",
-        module="flash_attn_interface",
-        device_types=frozenset({"cuda"}),
-        install="build the hopper folder of github.com/Dao-AILab/flash-attention",
-    ),
-    Library(
-        title="FlashAttention 4",
-        module="flash_attn.cute",
-        device_types=frozenset({"cuda"}),
-        install="pip install --pre flash-attn-4",
-    ),
-    Library(
-        title="torch's varlen attention with a block table",
-        module="torch.nn.attention.varlen",
-        device_types=frozenset({"cuda"}),
-        install="pip install 'torch>=2.12' for CUDA",
-        least=("torch", (2, 12)),
-    ),
-    Library(
-        title="vLLM's XPU kernels",
-        module="vllm_xpu_kernels",
-        device_types=frozenset({"xpu"}),
-        install="pip install vllm-xpu-kernels with its torch+xpu and oneAPI",
-    ),
-    Library(
-        title="Intel Extension for PyTorch",
-        module="intel_extension_for_pytorch",
-        device_types=frozenset({"cpu", "xpu"}),
-        install="pip install torch==2.8.0 intel-extension-for-pytorch==2.8.0",
-    ),
-)
+def build_refusals(provider: FlashProvider, request: BuildRequest) -> tuple[str, ...]:
+    """The same of a built request, with the block size, the layout and the promises that hold by then."""
+    can, block = provider.constraints(request.device), request.block_size
+    layer = LayerRequest(
+        layer=0,
+        spec=request.spec,
+        dtype=request.dtype,
+        soft_cap=request.soft_cap,
+        sinks=request.sinks,
+        encoder_only=request.encoder_only,
+    )
+    found = list(layer_refusals(provider, layer, request.device))
+    if not can.dtypes:
+        return tuple(found)
+    if block % can.kernel_block_multiple:
+        found.append(f"{provider.name} reads blocks of a multiple of {can.kernel_block_multiple} tokens, not {block}")
+    if can.kernel_block_sizes and all(block % size for size in can.kernel_block_sizes):
+        sizes = ", ".join(map(str, can.kernel_block_sizes))
+        found.append(f"{provider.name} reads blocks of a multiple of one of {sizes} tokens, not {block}")
+    if can.exact_block_sizes and block not in can.exact_block_sizes:
+        sizes = ", ".join(map(str, can.exact_block_sizes))
+        found.append(f"{provider.name} reads blocks of {sizes} tokens, not {block}")
+    if request.layout is not None and request.layout not in can.layouts:
+        found.append(f"{provider.name} reads pages in {', '.join(can.layouts)}, not {request.layout}")
+    if request.config.batch_invariant and not can.batch_invariant:
+        found.append(f"batch_invariant is asked, and the output of {provider.name} depends on the batch")
+    return tuple(found)
 
 
-def missing(device: DeviceFacts, libraries: Sequence[Library] = LIBRARIES) -> str:
-    """Clauses on every library that could serve ``device``, joined; empty when there is none."""
-    return "; ".join(lib.describe() for lib in libraries if device.device_type in lib.device_types)
-
-
-def _version(distribution: str) -> str:
-    try:
-        return version(distribution)
-    except PackageNotFoundError:
-        return "none"
-
-
-def _release(distribution: str) -> tuple[int, ...]:
-    """Major and minor of what is installed; empty, which is less than any, if nothing is."""
-    found = re.match(r"(\d+)\.(\d+)", _version(distribution))
-    return tuple(map(int, found.groups())) if found else ()
-
-
-def _installed(module: str) -> bool:
-    """Whether ``module`` could be imported. Nothing is loaded: a submodule is looked for as a file."""
-    top, *rest = module.split(".")
-    try:
-        spec = find_spec(top)
-    except (ImportError, ValueError):
-        return False
-    if spec is None or not rest:
-        return spec is not None
-    paths = [Path(location, *rest) for location in spec.submodule_search_locations or ()]
-    return any(path.is_dir() or path.with_suffix(".py").is_file() for path in paths)
+def describe(can: Capabilities) -> str:
+    """Constraints in one sentence, for ``doctor`` and for pages."""
+    if not can.dtypes:
+        return "no kernels for this device"
+    heads = f"up to {can.max_head_size}"
+    if can.head_sizes:
+        heads = " ".join(map(str, can.head_sizes))
+    elif can.head_size_multiple > 1:
+        heads += f", multiples of {can.head_size_multiple}"
+    blocks = f"multiples of {can.kernel_block_multiple}" if can.kernel_block_multiple > 1 else "any"
+    if can.kernel_block_sizes:
+        blocks = f"multiples of one of {' '.join(map(str, can.kernel_block_sizes))}"
+    if can.exact_block_sizes:
+        blocks = " ".join(map(str, can.exact_block_sizes))
+    features = (
+        ("sliding window", can.sliding_window),
+        ("soft cap", can.soft_cap),
+        ("sinks", can.sinks),
+        ("no causal mask", can.encoder_only),
+        ("latent attention", can.mla),
+        ("batch invariance", can.batch_invariant),
+    )
+    has = [name for name, there in features if there]
+    lacks = [name for name, there in features if not there]
+    parts = [
+        f"computes in {', '.join(sorted(can.dtypes))}",
+        f"reads K and V in {', '.join(sorted(can.kv_cache_dtypes))}" + (", the queries' own" * can.same_kv_dtype),
+        f"head sizes {heads}",
+        f"blocks {blocks}",
+        f"pages {' '.join(can.layouts)}",
+        f"has {', '.join(has) or 'nothing beyond the causal mask'}",
+    ]
+    return "; ".join([*parts, f"lacks {', '.join(lacks)}"] if lacks else parts)

@@ -19,13 +19,17 @@ TOLERANCE = {"float32": 1e-4, "float16": 1e-2, "bfloat16": 5e-2}
 """Largest difference, for keys, values and queries drawn from a normal distribution."""
 
 
-def check_against_reference(attention: AttentionImpl, request: BuildRequest, *, provider: str) -> None:
-    """Run ``attention`` on small HND caches: decode and mixed, plain, with a window, with a soft cap.
+def check_against_reference(
+    attention: AttentionImpl, request: BuildRequest, *, provider: str, order: str = "HND", thorough: bool = True
+) -> None:
+    """Run ``attention`` on small caches: decode and mixed, plain, with a window, with a soft cap.
 
+    :param order: of the pages: ``HND`` or ``NHD``, as in ``config.LAYOUTS``.
+    :param thorough: also a window and a soft cap that the request does not have; each may have to be compiled.
     :raises BackendError: where it differs from the reference; names the provider, the case and the difference.
     """
     allowed = TOLERANCE[request.dtype]
-    for case, difference in differences(attention, request):
+    for case, difference in differences(attention, request, order=order, thorough=thorough):
         if not difference <= allowed:
             raise BackendError(
                 f"flash by {provider} failed its self-check on {request.device.device_type}: {case} differs from the "
@@ -36,7 +40,9 @@ def check_against_reference(attention: AttentionImpl, request: BuildRequest, *, 
             )
 
 
-def differences(attention: AttentionImpl, request: BuildRequest) -> Iterator[tuple[str, float]]:
+def differences(
+    attention: AttentionImpl, request: BuildRequest, *, order: str = "HND", thorough: bool = True
+) -> Iterator[tuple[str, float]]:
     """(what was run, largest difference) for every case; NaN where the output holds NaN."""
     device, dtype = torch.device(request.device.device_type), getattr(torch, request.dtype)
     # MLA layers expand their latent first: what the kernels see there are as many KV heads as query heads.
@@ -45,18 +51,27 @@ def differences(attention: AttentionImpl, request: BuildRequest) -> Iterator[tup
     head_size = 64 if request.spec.mla else request.spec.head_size
     random = torch.Generator().manual_seed(0)
     seq_lens = (request.block_size + 3, 150, 5)
-    window = request.spec.sliding_window or 7
     for step_name, query_lens in (("decode", (1, 1, 1)), ("prefill and decode", (1, 20, 5))):
         step = _step(query_lens, seq_lens, request.block_size, device)
-        key, value = _poisoned_cache(step, num_kv_heads, head_size, random, dtype)
+        key, value = _cache(
+            step, num_kv_heads, head_size, random, dtype, order=order, poisoned=not attention.reads_unwritten_slots
+        )
         query = torch.randn(sum(query_lens), num_heads, head_size, generator=random).to(device, dtype)
-        for call_name, window_of_call, soft_cap in (
-            ("", None, None), (f" with a window of {window}", window, None), (" with a soft cap", None, 2.0)
-        ):  # fmt: skip
-            call = AttentionCall(scale=head_size**-0.5, sliding_window=window_of_call, soft_cap=soft_cap)
+        for call_name, window, soft_cap in _calls(request, thorough):
+            call = AttentionCall(scale=head_size**-0.5, sliding_window=window, soft_cap=soft_cap)
             output = _run(attention, query, key, value, step, call, gathered=request.spec.mla)
             expected = ReferenceAttention().forward(query, key, value, step, call)
             yield step_name + call_name, (output.float() - expected.float()).abs().max().item()
+
+
+def _calls(request: BuildRequest, thorough: bool) -> Iterator[tuple[str, int | None, float | None]]:
+    """(name, window, soft cap) of each call."""
+    yield "", None, None
+    window = request.spec.sliding_window
+    if window is not None or thorough:
+        yield f" with a window of {window or 7}", window or 7, None
+    if request.soft_cap is not None or thorough:
+        yield " with a soft cap", None, 2.0
 
 
 def _run(
@@ -102,16 +117,34 @@ def _step(
     )
 
 
-def _poisoned_cache(
-    step: StepMetadata, num_kv_heads: int, head_size: int, random: torch.Generator, dtype: torch.dtype
+def _cache(
+    step: StepMetadata,
+    num_kv_heads: int,
+    head_size: int,
+    random: torch.Generator,
+    dtype: torch.dtype,
+    *,
+    order: str,
+    poisoned: bool,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """K and V (num_blocks, block_size, Hk, D) in HND pages of one buffer, NaN but for the tokens of the step."""
+    """K and V (num_blocks, block_size, Hk, D) in pages of one buffer, NaN but for the tokens of the step.
+
+    :param poisoned: false clears the unwritten tail of blocks that are handed out, as an engine would.
+    """
     device, block_size = step.block_table.device, step.block_size
     num_blocks = int(step.block_table.max()) + 1
-    pages = torch.full((num_blocks, 2, num_kv_heads, block_size, head_size), torch.nan, dtype=dtype, device=device)
+    if order.endswith("HND"):
+        pages = torch.full((num_blocks, 2, num_kv_heads, block_size, head_size), torch.nan, dtype=dtype, device=device)
+        key, value = pages[:, 0].transpose(1, 2), pages[:, 1].transpose(1, 2)
+    else:
+        pages = torch.full((num_blocks, block_size, 2, num_kv_heads, head_size), torch.nan, dtype=dtype, device=device)
+        key, value = pages[:, :, 0], pages[:, :, 1]
     for row, length in zip(step.block_table, step.seq_lens_host, strict=True):
         for start in range(0, length, block_size):
             count = min(block_size, length - start)
-            drawn = torch.randn(2, num_kv_heads, count, head_size, generator=random)
-            pages[int(row[start // block_size]), :, :, :count] = drawn.to(device, dtype)
-    return pages[:, 0].transpose(1, 2), pages[:, 1].transpose(1, 2)
+            drawn = torch.randn(2, num_kv_heads, count, head_size, generator=random).transpose(1, 2).to(device, dtype)
+            block = int(row[start // block_size])
+            if not poisoned:
+                pages[block] = 0
+            key[block, :count], value[block, :count] = drawn[0], drawn[1]
+    return key, value

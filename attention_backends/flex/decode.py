@@ -12,9 +12,10 @@ from ...errors import BackendError
 from ..interface import AttentionCall
 from ..metadata import StepMetadata
 from .compiling import CompiledFlex
-from .decode_kernels import FACTS, fill_rows, merge_rows, pack_rows
 from .decode_plan import DecodePlan
 from .kernel_options import decode_options
+from .kernels.fill import FACTS, fill_rows
+from .kernels.rows import merge_rows, pack_rows
 from .masks import BlockLists, RowFacts, mark_rows, modifiers
 from .settings import IN_FLIGHT, FlexSettings
 from .views import FlatCache
@@ -199,7 +200,7 @@ def attend_rows(
         mask,
         score,
         (settings.mask_query_block, settings.kernel_block_size),
-        call.scale,
+        call.scale * call.key_scale,
         decode_options(settings, plan.length * group, split=plan.split, wide=cache.wide),
         not direct,
     )

@@ -115,7 +115,9 @@ class FlexAttention(AttentionImpl):
             output = self._batch(query, cache, batch, table, metadata, settings, options, call, output)
         if metadata.decode is not None:
             output = self._decode(query, cache, metadata, call, output)
-        return query.new_zeros(*query.shape[:2], value_cache.shape[-1]) if output is None else output
+        if output is None:
+            output = query.new_zeros(*query.shape[:2], value_cache.shape[-1])
+        return output if call.value_scale == 1.0 else output * call.value_scale
 
     def forward_gathered(
         self,
@@ -208,8 +210,8 @@ class FlexAttention(AttentionImpl):
             torch._dynamo.mark_dynamic(rows, 0)
         mask, score = modifiers(lists.facts, cache, call, 1)
         blocks = (settings.mask_query_block, settings.kernel_block_size)
-        with_sinks = call.sinks is not None
-        out, lse = self._flex(rows, cache.key, cache.value, lists, mask, score, blocks, call.scale, options, with_sinks)
+        with_sinks, scale = call.sinks is not None, call.scale * call.key_scale
+        out, lse = self._flex(rows, cache.key, cache.value, lists, mask, score, blocks, scale, options, with_sinks)
         if call.sinks is not None and lse is not None:
             # A sink is one more logit below the softmax: it only scales the sum.
             out = out * torch.sigmoid(lse - call.sinks.float().view(1, -1, 1)).unsqueeze(-1).to(out.dtype)

@@ -4,8 +4,14 @@ from __future__ import annotations
 
 from typing import Any
 
+from ...config import AttentionConfig
+from ...device import DeviceFacts
 from .settings import FlexSettings
 from .tiles import Tile, decode_tile, invariant_tile, prefill_tile
+
+
+CPU_OPTIONS = {"PARTITION_SIZE": 100}
+"""At a multiple of the KV block, torch may take a decode template whose work grows with the whole cache."""
 
 
 def decode_options(settings: FlexSettings, queries: int, *, split: bool, wide: bool = False) -> dict[str, Any]:
@@ -17,7 +23,7 @@ def decode_options(settings: FlexSettings, queries: int, *, split: bool, wide: b
     """
     size, width = settings.head_size, settings.element_bytes
     if settings.batch_invariant:
-        return _invariant(settings, size, width, wide=wide)
+        return _invariant(settings, size, width)
     tile = decode_tile(size, width, settings.kernel_block_size, split=split)
     rows = max(16, 1 << (queries - 1).bit_length())
     return _options(tile, settings, min(rows, settings.mask_query_block), wide=wide)
@@ -42,9 +48,7 @@ def page_options(settings: FlexSettings, row_length: int, head_size: int, elemen
     :param row_length: query tokens of a row.
     """
     if settings.on_cpu:
-        # At a multiple of the KV block, torch may take a decode template whose work grows with
-        # the whole cache.
-        return {"PARTITION_SIZE": 100}
+        return dict(CPU_OPTIONS)
     if settings.batch_invariant:
         return _invariant(settings, head_size, element_bytes)
     large = head_size > 128
@@ -54,9 +58,40 @@ def page_options(settings: FlexSettings, row_length: int, head_size: int, elemen
     return _options(tile, settings, min(rows, settings.mask_query_block, max(16, row_length)))
 
 
-def _invariant(settings: FlexSettings, head_size: int, element_bytes: int, *, wide: bool = False) -> dict[str, Any]:
-    tile = invariant_tile(head_size, element_bytes, settings.kernel_block_size)
-    return _options(tile, settings, min(tile.block_m, settings.mask_query_block), wide=wide)
+def _invariant(settings: FlexSettings, head_size: int, element_bytes: int) -> dict[str, Any]:
+    return invariant_options(
+        settings.device, head_size, element_bytes, settings.kernel_block_size, settings.mask_query_block, settings
+    )
+
+
+def invariant_options(
+    device: DeviceFacts,
+    head_size: int,
+    element_bytes: int,
+    kernel_block: int,
+    query_block: int,
+    config: AttentionConfig | FlexSettings,
+) -> dict[str, Any]:
+    """The options of every query under batch invariance, and of the training pass that has the same bits.
+
+    :param config: whose tiles go before those of the table.
+    """
+    if device.device_type == "cpu":
+        return dict(CPU_OPTIONS)
+    tile_m, tile_n = (
+        (config.tile_m, config.tile_n)
+        if isinstance(config, FlexSettings)
+        else (config.flex_attn_block_m, config.flex_attn_block_n)
+    )
+    tile = invariant_tile(head_size, element_bytes, kernel_block)
+    return {
+        "FORCE_USE_FLEX_ATTENTION": True,
+        "BLOCK_M": tile_m or min(tile.block_m, query_block),
+        "BLOCK_N": tile_n or min(tile.block_n, kernel_block),
+        "num_warps": tile.warps,
+        "num_stages": tile.stages,
+        "USE_TMA": tile.tma,
+    }
 
 
 def _options(tile: Tile, settings: FlexSettings, rows: int, *, wide: bool = False) -> dict[str, Any]:

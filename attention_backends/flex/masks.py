@@ -75,8 +75,8 @@ def modifiers(
             seen = seen & custom(request[b], h * group + q % group, query, key)
         return seen
 
-    soft_cap, own = call.soft_cap, call.score_mod
-    if soft_cap is None and own is None:
+    soft_cap, own, slopes = call.soft_cap, call.score_mod, call.alibi_slopes
+    if soft_cap is None and own is None and slopes is None:
         return mask, None
 
     def score(
@@ -84,9 +84,13 @@ def modifiers(
     ) -> torch.Tensor:
         if soft_cap is not None:
             value = soft_cap * torch.tanh(value / soft_cap)
-        if own is not None:
+        if slopes is not None or own is not None:
             key = places[kv // stride] * block_size + kv % stride
-            value = own(value, request[b], h * group + q % group, position[b] + q // group, key)
+            query, head = position[b] + q // group, h * group + q % group
+            if slopes is not None:
+                value = value + slopes[head] * (key - query)
+            if own is not None:
+                value = own(value, request[b], head, query, key)
         return value
 
     return mask, score

@@ -59,7 +59,7 @@ def pack(query: torch.Tensor, batch: RowBatch) -> torch.Tensor:
         out = query.new_zeros(rows * length, heads, size)
         out[batch.places] = query[batch.tokens]
         return out.view(rows, length, heads, size).transpose(1, 2)
-    from .decode_kernels import pack_rows
+    from .kernels.rows import pack_rows
 
     # In the memory order of the view above, so that both are one compiled variant.
     out = query.new_empty(rows, length, heads, size)
@@ -77,7 +77,7 @@ def unpack(rows: torch.Tensor, batch: RowBatch, output: torch.Tensor) -> None:
     if batch.tokens is not None and batch.places is not None:
         output[batch.tokens] = rows.transpose(1, 2).reshape(batch.batch_rows * length, -1, size)[batch.places]
         return
-    from .decode_kernels import unpack_rows
+    from .kernels.rows import unpack_rows
 
     unpack_rows[(batch.batch_rows, rows.shape[1])](
         rows, rows.stride(0), rows.stride(1), rows.stride(2), batch.facts, batch.facts.stride(0), output,

@@ -111,7 +111,7 @@ def _rows(step: StepMetadata, query_lens: list[int], length: int) -> RowGroup:
 
 def gather_run(key_cache: torch.Tensor, value_cache: torch.Tensor, run: Run) -> FlatCache:
     """K and V of the run's requests, in token order, zero past each request's end."""
-    from .decode_kernels import gather_pages
+    from .kernels.pages import gather_pages
 
     heads, size, size_v = key_cache.shape[2], key_cache.shape[3], value_cache.shape[3]
     keys = key_cache.new_empty(run.num_tokens, heads, size)

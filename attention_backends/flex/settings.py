@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from ...config import AttentionConfig
 from ...device import DeviceFacts
 from ...errors import BackendError
 from ..interface import BuildRequest, Capabilities
@@ -122,7 +123,7 @@ def flex_settings(request: BuildRequest, capabilities: Capabilities) -> FlexSett
     tile_m, tile_n = config.flex_attn_block_m, config.flex_attn_block_n
     query_block = config.flex_attn_q_block_size or ORDINARY_QUERY_BLOCK
     if invariant:
-        query_block = config.flex_attn_q_block_size or tile_m or (SHORT_ROW if on_cpu else invariant_tile().block_m)
+        query_block = invariant_query_block(config, on_cpu=on_cpu)
         _check_invariance(request, capabilities, kernel_block, query_block, group)
     _check_tiles(request, kernel_block, query_block, on_cpu)
     _check_address_range(request, capabilities)
@@ -153,6 +154,15 @@ def flex_settings(request: BuildRequest, capabilities: Capabilities) -> FlexSett
         max_num_seqs=request.max_num_seqs,
         max_num_batched_tokens=request.max_num_batched_tokens,
         max_model_len=request.max_model_len,
+    )
+
+
+def invariant_query_block(config: AttentionConfig, *, on_cpu: bool) -> int:
+    """Query block under batch invariance; on CPU, where every row of queries is padded to it, the least."""
+    return (
+        config.flex_attn_q_block_size
+        or config.flex_attn_block_m
+        or (SHORT_ROW if on_cpu else invariant_tile().block_m)
     )
 
 

@@ -77,14 +77,18 @@ def attend(
     q = query.to(torch.float32, copy=True).reshape(q_len, num_kv_heads, num_heads // num_kv_heads, -1)
     k = key.to(torch.float32, copy=True)
     v = value.to(torch.float32, copy=True)
-    scores = torch.einsum("qhgd,khd->hgqk", q, k) * call.scale
+    scores = torch.einsum("qhgd,khd->hgqk", q, k) * (call.scale * call.key_scale)
     if call.soft_cap is not None:
         scores = call.soft_cap * torch.tanh(scores / call.soft_cap)
     q_pos = torch.arange(seq_len - q_len, seq_len, device=query.device)
     k_pos = torch.arange(seq_len - length, seq_len, device=query.device)
+    if call.alibi_slopes is not None:
+        slopes = call.alibi_slopes.float().view(num_kv_heads, -1, 1, 1)
+        scores = scores + slopes * (k_pos[None, :] - q_pos[:, None])
     scores = scores.masked_fill(~visible(q_pos[:, None], k_pos[None, :], call), float("-inf"))
     weights = _softmax(scores, call.sinks)
-    return torch.einsum("hgqk,khd->qhgd", weights, v).reshape(q_len, num_heads, -1).to(query.dtype)
+    output = torch.einsum("hgqk,khd->qhgd", weights, v) * call.value_scale
+    return output.reshape(q_len, num_heads, -1).to(query.dtype)
 
 
 def visible(q_pos: torch.Tensor, k_pos: torch.Tensor, call: AttentionCall) -> torch.Tensor:

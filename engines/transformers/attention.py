@@ -17,7 +17,7 @@ NAME = "makeready"
 CONTEXT = "makeready_cache"
 """The forward argument that carries the step's :class:`PagedCache` to :func:`attend`."""
 
-_HARMLESS = frozenset(
+HARMLESS = frozenset(
     {"position_ids", "cache_position", "use_cache", "output_attentions", "output_hidden_states",
      "output_router_logits", "return_dict", "logits_to_keep", "position_embeddings"}
 )  # fmt: skip
@@ -85,7 +85,7 @@ def _call(
         soft_cap=_pop(kwargs, "softcap"),
         sinks=_pop(kwargs, "s_aux"),
     )
-    unknown = {name: value for name, value in kwargs.items() if value is not None and name not in _HARMLESS}
+    unknown = {name: value for name, value in kwargs.items() if value is not None and name not in HARMLESS}
     if attention_mask is not None:
         unknown["attention_mask"] = attention_mask
     if dropout:

@@ -9,15 +9,17 @@ from .scheduler import Step
 class BlockKeeper:
     """Clears blocks at hand-out where something reads before it writes.
 
-    States always: a request must never meet another one's. Attention blocks only for backends that touch the
-    unwritten end of a block.
+    States unless kernels know which requests are fresh, and write the whole state of those: a request must never
+    meet another one's. Attention blocks only for backends that touch the unwritten end of a block.
 
+    :param clear_states: whether states are read before they are written.
     :param poison_freed: fill freed blocks with 0xFF, NaN in every float dtype.
     """
 
-    def __init__(self, ready: Ready, poison_freed: bool) -> None:
+    def __init__(self, ready: Ready, *, clear_states: bool, poison_freed: bool) -> None:
         self._cache = ready.cache
-        self._cleared = ready.cleared_groups | {group.index for group in ready.groups if group.is_state}
+        states = {group.index for group in ready.groups if group.is_state}
+        self._cleared = ready.cleared_groups | (states if clear_states else set())
         self._poison_freed = poison_freed
 
     def apply(self, step: Step) -> None:

@@ -12,14 +12,17 @@ import transformers
 from ...cache.group_pool import pool_for
 from ...errors import ConfigError, RequestError
 from .blocks import BlockKeeper
+from .execution import decide
 from .families import check_version, traits_of
 from .loading import load_model
+from .packed.driver import PackedDriver, StepTimes
+from .packed.opening import open_packed
 from .probe import check_plan
 from .records import Completion, FinishReason, Output, Progress, Ready, SamplingParams
 from .requests import Request
 from .runner import ModelRunner, check_model
 from .sampling import Sampler, choose
-from .scheduler import Scheduler, Step
+from .scheduler import Scheduler
 from .text import TextStream, Tokenizer
 
 __all__ = ["Completion", "Output", "Progress", "SamplingParams", "TransformersEngine", "load_model"]
@@ -58,8 +61,18 @@ class TransformersEngine:
         check_plan(model, self.traits, ready.groups)
         self.pool = pool_for(ready.cache.layout)
         self.scheduler = Scheduler(ready.groups, self.pool, ready.config.scheduler, self.traits, ready.max_model_len)
-        self._runner = ModelRunner(model, ready, self.traits)
-        self._blocks = BlockKeeper(ready, poison_freed)
+        self.execution = decide(model, ready, self.traits)
+        self._blocks = BlockKeeper(ready, clear_states=not self.execution.packed, poison_freed=poison_freed)
+        self._runner: ModelRunner | None = None
+        self._driver: PackedDriver | None = None
+        if self.execution.packed:
+            packed = open_packed(model, ready, self.traits, self.execution)
+            self._driver = PackedDriver(
+                self.scheduler, self._blocks, packed,
+                deliver=self._deliver, sampler_of=self._sampler_of, ahead=self.execution.async_scheduling,
+            )  # fmt: skip
+        else:
+            self._runner = ModelRunner(model, ready, self.traits)
         self._tokenizer = tokenizer
         self._seed = ready.config.model.seed
         self._eos = _eos_tokens(model)
@@ -69,11 +82,19 @@ class TransformersEngine:
         self._unread: list[Output] = []
         self.num_preemptions = 0
 
+    @property
+    def step_times(self) -> StepTimes | None:
+        """Where the host's time went; None unless steps are packed."""
+        return self._driver.times if self._driver is not None else None
+
     def close(self) -> None:
         """Abort every request and give the model its own attention back."""
         for request_id in tuple(self._entries):
             self.abort(request_id)
-        self._runner.close()
+        if self._driver is not None:
+            self._driver.close()
+        if self._runner is not None:
+            self._runner.close()
 
     def add_request(self, prompt: Prompt, params: SamplingParams | None = None) -> str:
         """Queue a request.
@@ -117,14 +138,10 @@ class TransformersEngine:
         If the model raises, the requests of the step start over with the next step, and the error goes on; what
         the step had made before comes with the next one.
         """
-        step = self.scheduler.schedule()
-        self.num_preemptions += len(step.preempted)
-        try:
-            self._blocks.apply(step)
-            self._run(step)
-        except BaseException:
-            self.scheduler.restart([*step.decodes, *(chunk.request for chunk in step.prefills)])
-            raise
+        if self._driver is not None:
+            self.num_preemptions += self._driver.step()
+        if self._runner is not None:
+            self._step_in_turn(self._runner)
         outputs, self._unread = self._unread, []
         return outputs
 
@@ -176,27 +193,42 @@ class TransformersEngine:
         finally:
             self._abort_live([request_id])
 
-    def _run(self, step: Step) -> None:
-        """Forward, then choose: nothing of a request changes before its forward has ended."""
-        if step.decodes:
-            self._advance(step.decodes, 1)
-        for chunk in step.prefills:
-            self._advance((chunk.request,), chunk.length)
+    def _step_in_turn(self, runner: ModelRunner) -> None:
+        """The decodes in one forward, then each prefill chunk in one of its own."""
+        step = self.scheduler.schedule()
+        self.num_preemptions += len(step.preempted)
+        try:
+            self._blocks.apply(step)
+            if step.decodes:
+                self._advance(runner, step.decodes, 1)
+            for chunk in step.prefills:
+                self._advance(runner, (chunk.request,), chunk.length)
+        except BaseException:
+            self.scheduler.restart([*step.decodes, *(chunk.request for chunk in step.prefills)])
+            raise
 
-    def _advance(self, requests: Sequence[Request], length: int) -> None:
-        logits = self._runner.run(requests, length)
+    def _advance(self, runner: ModelRunner, requests: Sequence[Request], length: int) -> None:
+        """Forward, then choose: nothing of a request changes before its forward has ended."""
+        logits = runner.run(requests, length)
         for request in requests:
             request.num_computed += length
         rows = [index for index, request in enumerate(requests) if request.samples_next]
         if not rows:
             return
-        entries = [self._entries[requests[index].id] for index in rows]
         if len(rows) < len(requests):
             logits = logits[rows]
-        tokens = choose(logits, [entry.sampler for entry in entries])
+        choosing = [requests[row] for row in rows]
+        samplers = [(place, self._entries[request.id].sampler) for place, request in enumerate(choosing)]
         # One by one into what is unread: an error further on must not take along what a request has got already.
-        for entry, token in zip(entries, tokens, strict=True):
-            self._unread.append(self._emit(entry, token))
+        for request, token in zip(choosing, choose(logits, logits.argmax(dim=-1).tolist(), samplers), strict=True):
+            self._deliver(request, token)
+
+    def _sampler_of(self, request: Request) -> Sampler | None:
+        entry = self._entries.get(request.id)
+        return entry.sampler if entry else None
+
+    def _deliver(self, request: Request, token: int) -> None:
+        self._unread.append(self._emit(self._entries[request.id], token))
 
     def _emit(self, entry: _Entry, token: int) -> Output:
         request = entry.request

@@ -28,6 +28,11 @@ class Traits:
     """False if a prefill chunk of one token must not follow another: it would take the decode path."""
     scan: str | None = None
     """Module global that scans a mamba1 prefill from a zero state; the engine supplies the right one."""
+    kernels: tuple[str, ...] | None = ()
+    """Module globals that compute the family's state mixers, for which packed steps have their own; ``None`` where
+    requests cannot be packed into one row."""
+    expands_latents: bool = False
+    """True if attention stores latents, which the model expands after they were read back."""
     note: str = ""
     """Why, for the record."""
 
@@ -41,27 +46,32 @@ _SCAN = (
     " of the chunk before"
 )
 
+_CONV = "causal_conv1d_fn"
+_MAMBA1 = (_CONV, "mamba_selective_scan")
+_MAMBA2 = (_CONV, "mamba2_chunk_scan")
+_DELTA = (_CONV, "torch_chunk_gated_delta_rule")
+
 _FAMILIES: tuple[Traits, ...] = (
-    Traits(model_type="bamba"),
-    Traits(model_type="falcon_h1"),
-    Traits(model_type="falcon_mamba", cache_argument="cache_params", takes_positions=False,
+    Traits(model_type="bamba", kernels=_MAMBA2),
+    Traits(model_type="falcon_h1", kernels=_MAMBA2),
+    Traits(model_type="falcon_mamba", kernels=_MAMBA1, cache_argument="cache_params", takes_positions=False,
            scan="mamba_selective_scan", note=_SCAN),
-    Traits(model_type="granitemoehybrid"),
-    Traits(model_type="jamba", scan="mamba_selective_scan", note=_SCAN),
-    Traits(model_type="kimi_linear"),
-    Traits(model_type="lfm2"),
-    Traits(model_type="lfm2_moe"),
-    Traits(model_type="mamba", cache_argument="cache_params", takes_positions=False,
+    Traits(model_type="granitemoehybrid", kernels=_MAMBA2),
+    Traits(model_type="jamba", kernels=_MAMBA1, scan="mamba_selective_scan", note=_SCAN),
+    Traits(model_type="kimi_linear", kernels=(_CONV, "chunk_kimi_delta_attention"), expands_latents=True),
+    Traits(model_type="lfm2", kernels=(_CONV,)),
+    Traits(model_type="lfm2_moe", kernels=(_CONV,)),
+    Traits(model_type="mamba", kernels=_MAMBA1, cache_argument="cache_params", takes_positions=False,
            scan="mamba_selective_scan", note=_SCAN),
-    Traits(model_type="mamba2", cache_argument="cache_params", takes_positions=False),
-    Traits(model_type="nemotron_h", replays_generated=True, single_token_chunks=False, note=_DT_CLAMP),
-    Traits(model_type="olmo_hybrid"),
-    Traits(model_type="qwen3_5_moe_text"),
-    Traits(model_type="qwen3_5_text"),
-    Traits(model_type="qwen3_next"),
-    Traits(model_type="zamba", scan="mamba_selective_scan", note=_SCAN),
-    Traits(model_type="zamba2", replays_generated=True, single_token_chunks=False, note=_DT_CLAMP),
-    Traits(model_type="zaya"),
+    Traits(model_type="mamba2", kernels=_MAMBA2, cache_argument="cache_params", takes_positions=False),
+    Traits(model_type="nemotron_h", kernels=_MAMBA2, replays_generated=True, single_token_chunks=False, note=_DT_CLAMP),
+    Traits(model_type="olmo_hybrid", kernels=_DELTA),
+    Traits(model_type="qwen3_5_moe_text", kernels=_DELTA),
+    Traits(model_type="qwen3_5_text", kernels=_DELTA),
+    Traits(model_type="qwen3_next", kernels=_DELTA),
+    Traits(model_type="zamba", kernels=_MAMBA1, scan="mamba_selective_scan", note=_SCAN),
+    Traits(model_type="zamba2", kernels=_MAMBA2, replays_generated=True, single_token_chunks=False, note=_DT_CLAMP),
+    Traits(model_type="zaya", kernels=None),
     Traits(model_type="llama"),
     Traits(model_type="gemma2"),
     Traits(model_type="gemma3_text"),

@@ -62,7 +62,7 @@ def build_step(binding: Binding, requests: Sequence[Request], query_len: int, de
         state_blocks=state_blocks,
         state_index={group: stage(ids, torch.int64, device) for group, ids in state_blocks.items()},
         metadata=metadata,
-        prepared=_prepare(binding, metadata),
+        prepared=prepare_backends(binding, metadata),
     )
 
 
@@ -88,7 +88,7 @@ def _metadata(
     )
 
 
-def _prepare(binding: Binding, metadata: Mapping[int, StepMetadata]) -> dict[int, Any]:
+def prepare_backends(binding: Binding, metadata: Mapping[int, StepMetadata]) -> dict[int, Any]:
     """Each backend prepares once per group, however many layers share it."""
     shared: dict[tuple[int, int], Any] = {}
     prepared: dict[int, Any] = {}

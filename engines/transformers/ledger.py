@@ -36,8 +36,8 @@ class StateLedger:
                         expected=(request.id, request.num_computed),
                     )
 
-    def commit(self, requests: Sequence[Request], blocks: Mapping[int, Sequence[int]], length: int) -> None:
-        """Note that a forward of ``length`` tokens each has ended well."""
+    def commit(self, requests: Sequence[Request], blocks: Mapping[int, Sequence[int]], lengths: Sequence[int]) -> None:
+        """Note that a forward of ``lengths`` tokens has ended well, or is queued behind all that was queued before."""
         for ids in blocks.values():
-            for request, block in zip(requests, ids, strict=True):
+            for request, block, length in zip(requests, ids, lengths, strict=True):
                 self._valid[block] = (request.id, request.num_computed + length)

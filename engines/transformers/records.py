@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Literal, Protocol
 
 from ...cache.specs import LayerGroup
 from ...config import EngineConfig
+from ...device import DeviceFacts
 from ...errors import RequestError
 
 if TYPE_CHECKING:
@@ -126,6 +127,10 @@ class Ready(Protocol):
     @property
     def config(self) -> EngineConfig:
         """The settings of this run."""
+
+    @property
+    def device(self) -> DeviceFacts:
+        """The device of the cache."""
 
     @property
     def max_model_len(self) -> int:

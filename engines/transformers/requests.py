@@ -18,6 +18,8 @@ class Request:
     arrival: int
     """Place in the order of arrival."""
     output: list[int] = field(default_factory=list)
+    num_pending: int = 0
+    """Tokens that the device has sampled, or will have, and the host has not read."""
     num_computed: int = 0
     """Tokens whose K, V and states are in the cache."""
     prefill_len: int = 0
@@ -28,8 +30,8 @@ class Request:
 
     @property
     def num_tokens(self) -> int:
-        """Prompt and output so far."""
-        return len(self.prompt) + len(self.output)
+        """Prompt and output so far, with what is pending."""
+        return len(self.prompt) + len(self.output) + self.num_pending
 
     @property
     def max_cached_tokens(self) -> int:
@@ -40,6 +42,11 @@ class Request:
     def is_prefill(self) -> bool:
         """True while prefill chunks remain."""
         return self.num_computed < self.prefill_len
+
+    @property
+    def awaits_last(self) -> bool:
+        """True if no further token is to be computed: the last one is pending."""
+        return self.num_pending > 0 and len(self.output) + self.num_pending >= self.params.max_new_tokens
 
     @property
     def samples_next(self) -> bool:

@@ -67,7 +67,7 @@ class ModelRunner:
         with torch.no_grad(), self._continued_scan(step, cache):
             logits: torch.Tensor = self._model(**self._inputs(requests, step, cache)).logits
             cache.flush()
-        self._ledger.commit(requests, step.state_blocks, query_len)
+        self._ledger.commit(requests, step.state_blocks, [query_len] * len(requests))
         return logits[:, -1]
 
     def _inputs(self, requests: Sequence[Request], step: ForwardStep, cache: PagedCache) -> dict[str, Any]:

@@ -47,12 +47,15 @@ class Sampler:
         return keep
 
 
-def choose(logits: torch.Tensor, samplers: Sequence[Sampler]) -> list[int]:
-    """One token per row of ``logits`` (B, V); greedy rows leave the device as one number each."""
-    greedy: list[int] = logits.argmax(dim=-1).tolist()
-    drawn = [index for index, sampler in enumerate(samplers) if not sampler.is_greedy]
+def choose(logits: torch.Tensor, likeliest: list[int], samplers: Sequence[tuple[int, Sampler]]) -> list[int]:
+    """One token per row of ``logits`` (B, V): the likeliest, unless its sampler draws.
+
+    :param samplers: rows that may draw, and how.
+    """
+    tokens = list(likeliest)
+    drawn = [(row, sampler) for row, sampler in samplers if not sampler.is_greedy]
     if drawn:
-        rows = logits[drawn].float().cpu()
-        for index, row in zip(drawn, rows, strict=True):
-            greedy[index] = samplers[index].draw(row)
-    return greedy
+        rows = logits[[row for row, _ in drawn]].float().cpu()
+        for (row, sampler), distribution in zip(drawn, rows, strict=True):
+            tokens[row] = sampler.draw(distribution)
+    return tokens

@@ -138,6 +138,20 @@ class Scheduler:
             if request in self._running:
                 self._preempt(request)
 
+    def is_short_of_blocks(self) -> bool:
+        """True if the next step's decodes may take blocks from a running request.
+
+        Tokens that are pending would be lost with it: read them before the next :meth:`schedule`.
+        """
+        if self._pool.can_allocate({group.index: len(self._running) for group in self._groups if not group.is_state}):
+            return False
+        need: dict[int, int] = {}
+        for request in self._running:
+            if not request.is_prefill and not request.awaits_last:
+                for group, count in self._missing(request, request.num_computed + 1).items():
+                    need[group] = need.get(group, 0) + count
+        return not self._pool.can_allocate(need)
+
     def schedule(self) -> Step:
         """Choose the next step and hand out its blocks."""
         budget = self._config.max_num_batched_tokens
@@ -158,7 +172,7 @@ class Scheduler:
         for request in tuple(self._running):
             if len(decodes) == budget:
                 break
-            if request.is_prefill or request not in self._running:
+            if request.is_prefill or request.awaits_last or (preempted and request not in self._running):
                 continue
             if self._grow(request, preempted):
                 decodes.append(request)

@@ -1,0 +1,5 @@
+"""Flash attention by Triton kernels of our own: decode shared out evenly, prefill by tiles, any block size."""
+
+from .provider import TritonProvider
+
+__all__ = ["TritonProvider"]

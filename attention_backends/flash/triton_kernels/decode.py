@@ -1,0 +1,214 @@
+"""Decode: a few query tokens a request, K and V in pages. Programs share the work out evenly, whatever the lengths are.
+
+The KV tiles of all requests form one line; program ``p`` of a KV head takes its ``p``-th equal share. A request that
+several programs share leaves partial sums; whoever comes last of them adds them up, in order, so that the result
+does not depend on who that is. In the batch-invariant mode a request is cut at fixed positions instead, so that its
+sums are the same whatever else is in the batch.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from .parts import combined, finite, soft_capped, with_sink
+
+
+@triton.jit(do_not_specialize=["num_requests", "programs"])
+def plan_kernel(  # noqa: ANN201
+    seq_lens_ptr, query_start_ptr, starts_ptr, first_ptr, count_ptr, num_requests, programs,
+    HK: tl.constexpr, FEWEST: tl.constexpr, QUERIES: tl.constexpr, WINDOW: tl.constexpr, UNIT: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_P: tl.constexpr,
+):  # fmt: skip
+    """One program. ``starts[r]``: units before request ``r``; ``first[p]``: the request in which share ``p`` begins.
+
+    A unit is UNIT tokens. A request of FEWEST to QUERIES query tokens has at least one, so that its rows are
+    written; any other has none. The counts of arrivals start at zero.
+    """
+    total = 0
+    tl.store(starts_ptr, 0)
+    for base in range(0, num_requests, BLOCK_B):
+        r = base + tl.arange(0, BLOCK_B)
+        ok = r < num_requests
+        length = tl.load(seq_lens_ptr + r, mask=ok, other=0)
+        queries = tl.load(query_start_ptr + r + 1, mask=ok, other=0) - tl.load(query_start_ptr + r, mask=ok, other=0)
+        units = tl.cdiv(length, UNIT)
+        if WINDOW > 0:
+            units -= tl.maximum(length - queries - WINDOW + 1, 0) // UNIT
+        units = tl.where(ok & (queries >= FEWEST) & (queries <= QUERIES), tl.maximum(units, 1), 0)
+        tl.store(starts_ptr + r + 1, total + tl.cumsum(units, 0), mask=ok)
+        total += tl.sum(units, 0)
+        for head in range(HK):
+            tl.store(count_ptr + r * HK + head, 0, mask=ok)
+    share = tl.maximum(tl.cdiv(total, programs), 1)
+    tl.debug_barrier()
+    for base_p in range(0, programs, BLOCK_P):
+        p = base_p + tl.arange(0, BLOCK_P)
+        found = tl.zeros([BLOCK_P], tl.int32)
+        for base in range(0, num_requests, BLOCK_B):
+            r = base + tl.arange(0, BLOCK_B)
+            ends = tl.load(starts_ptr + r + 1, mask=r < num_requests, other=2147483647)
+            found += tl.sum((ends[None, :] <= (p * share)[:, None]).to(tl.int32), 1)
+        tl.store(first_ptr + p, found, mask=p < programs)
+
+
+@triton.jit(do_not_specialize=["num_requests"])
+def decode_kernel(  # noqa: ANN201
+    out_ptr, lse_ptr, q_ptr, k_ptr, v_ptr, table_ptr, seq_lens_ptr, query_start_ptr, sinks_ptr, alibi_ptr,
+    starts_ptr, first_ptr, part_ptr, part_ml_ptr, count_ptr,
+    num_requests, scale, soft_cap, v_scale,
+    sq_t, sq_h, sk_b, sk_t, sk_h, sv_b, sv_t, sv_h, st_r, so_t, so_h,
+    HK: tl.constexpr, G: tl.constexpr, QUERIES: tl.constexpr, ROWS: tl.constexpr,
+    D: tl.constexpr, DP: tl.constexpr, DV: tl.constexpr, DVP: tl.constexpr,
+    BLOCK_SIZE: tl.constexpr, TILE: tl.constexpr, STAGES: tl.constexpr, SWAP: tl.constexpr,
+    WINDOW: tl.constexpr, SOFT_CAP: tl.constexpr, SINKS: tl.constexpr, ALIBI: tl.constexpr, LSE: tl.constexpr,
+    FIXED: tl.constexpr, EVICT: tl.constexpr,
+):  # fmt: skip
+    """Rows are (query token, query head of the KV head), ROWS of them. ``scale`` holds log2(e) and K's scale.
+
+    FIXED: tiles of a segment in the batch-invariant mode, in which the unit of work is a segment; else 0.
+    """
+    LOG2E: tl.constexpr = 1.4426950408889634
+    UNIT: tl.constexpr = TILE * FIXED if FIXED > 0 else TILE
+    policy: tl.constexpr = "evict_first" if EVICT else ""
+    head = tl.program_id(0) % HK
+    p = tl.program_id(0) // HK
+    r = tl.load(first_ptr + p)
+    total = tl.load(starts_ptr + num_requests)
+    share = tl.maximum(tl.cdiv(total, tl.num_programs(0) // HK), 1)
+    begin = p * share
+    end = tl.minimum(begin + share, total)
+    row = tl.arange(0, ROWS)
+    g = row % G
+    d = tl.arange(0, DP)
+    dv = tl.arange(0, DVP)
+    k_head = k_ptr + head.to(tl.int64) * sk_h
+    v_head = v_ptr + head.to(tl.int64) * sv_h
+    t = begin
+    while t < end:
+        r_begin = tl.load(starts_ptr + r)
+        r_end = tl.load(starts_ptr + r + 1)
+        length = tl.load(seq_lens_ptr + r)
+        token = tl.load(query_start_ptr + r)
+        queries = tl.load(query_start_ptr + r + 1) - token
+        t_end = tl.minimum(end, r_end)
+        if FIXED > 0:
+            t_end = tl.minimum(t_end, t + 1)
+        if t_end > t:
+            index = row // G
+            rows = index < queries
+            q_row = (token + index).to(tl.int64) * sq_t + (head * G + g) * sq_h
+            q = tl.load(q_ptr + q_row[:, None] + d[None, :], mask=rows[:, None] & (d < D)[None, :], other=0.0)
+            position = length - queries + index
+            unit0 = 0
+            if WINDOW > 0:
+                unit0 = tl.maximum(length - queries - WINDOW + 1, 0) // UNIT
+            lo = (unit0 + t - r_begin) * UNIT
+            hi = tl.minimum((unit0 + t_end - r_begin) * UNIT, tl.cdiv(length, TILE) * TILE)
+            if ALIBI:
+                slope = tl.load(alibi_ptr + head * G + g).to(tl.float32) * LOG2E
+            table = table_ptr + r.to(tl.int64) * st_r
+            m = tl.full([ROWS], float("-inf"), tl.float32)
+            l = tl.zeros([ROWS], tl.float32)  # noqa: E741
+            if SWAP:
+                acc = tl.zeros([DVP, ROWS], tl.float32)
+            else:
+                acc = tl.zeros([ROWS, DVP], tl.float32)
+            ahead = lo + tl.arange(0, TILE)
+            ids = tl.load(table + ahead // BLOCK_SIZE, mask=ahead < length, other=0)
+            for start in tl.range(lo, hi, TILE, num_stages=STAGES):
+                n = start + tl.arange(0, TILE)
+                written = n < length
+                k_row = ids.to(tl.int64) * sk_b + (n % BLOCK_SIZE) * sk_t
+                v_row = ids.to(tl.int64) * sv_b + (n % BLOCK_SIZE) * sv_t
+                # The next tile's block ids: were they loaded where they are used, K and V would wait for them.
+                ahead = n + TILE
+                ids = tl.load(table + ahead // BLOCK_SIZE, mask=ahead < length, other=0)
+                k = tl.load(k_head + k_row[:, None] + d[None, :], mask=written[:, None] & (d < D)[None, :], other=0.0,
+                            eviction_policy=policy)  # fmt: skip
+                v = tl.load(v_head + v_row[:, None] + dv[None, :], mask=written[:, None] & (dv < DV)[None, :],
+                            other=0.0, eviction_policy=policy)  # fmt: skip
+                if SWAP:  # keys are the rows of the matrix product, which fills it: queries are few
+                    s = tl.dot(k.to(q.dtype), tl.trans(q)) * scale
+                    if SOFT_CAP:
+                        s = soft_capped(s, soft_cap)
+                    if ALIBI:
+                        s += slope[None, :] * (n[:, None] - position[None, :])
+                    if QUERIES > 1 or WINDOW > 0:
+                        seen = n[:, None] <= position[None, :]
+                        if WINDOW > 0:
+                            seen = seen & (n[:, None] > position[None, :] - WINDOW)
+                        s = tl.where(seen, s, float("-inf"))
+                    else:
+                        s = tl.where(written[:, None], s, float("-inf"))
+                    m_new = tl.maximum(m, tl.max(s, 0))
+                    w = tl.exp2(s - finite(m_new)[None, :])
+                    alpha = tl.exp2(m - finite(m_new))
+                    l = l * alpha + tl.sum(w, 0)  # noqa: E741
+                    acc = tl.dot(tl.trans(v.to(q.dtype)), w.to(q.dtype), acc * alpha[None, :])
+                else:
+                    s = tl.dot(q, tl.trans(k.to(q.dtype))) * scale
+                    if SOFT_CAP:
+                        s = soft_capped(s, soft_cap)
+                    if ALIBI:
+                        s += slope[:, None] * (n[None, :] - position[:, None])
+                    if QUERIES > 1 or WINDOW > 0:
+                        seen = n[None, :] <= position[:, None]
+                        if WINDOW > 0:
+                            seen = seen & (n[None, :] > position[:, None] - WINDOW)
+                        s = tl.where(seen, s, float("-inf"))
+                    else:
+                        s = tl.where(written[None, :], s, float("-inf"))
+                    m_new = tl.maximum(m, tl.max(s, 1))
+                    w = tl.exp2(s - finite(m_new)[:, None])
+                    alpha = tl.exp2(m - finite(m_new))
+                    l = l * alpha + tl.sum(w, 1)  # noqa: E741
+                    acc = tl.dot(w.to(q.dtype), v.to(q.dtype), acc * alpha[:, None])
+                m = m_new
+            if SWAP:
+                acc = tl.trans(acc)
+            done = (t == r_begin) & (t_end == r_end)
+            if not done:
+                if FIXED > 0:
+                    slot = t * HK + head
+                    p0 = r_begin
+                    p1 = r_end - 1
+                else:
+                    # This program's first piece goes into its slot 0, a later (necessarily its last) one into slot 1.
+                    slot = (p * 2 + (t != begin).to(tl.int32)) * HK + head
+                    p0 = r_begin // share
+                    p1 = (r_end - 1) // share
+                at = row[:, None] * DVP + dv[None, :]
+                tl.store(part_ptr + slot.to(tl.int64) * (ROWS * DVP) + at, acc)
+                tl.store(part_ml_ptr + slot.to(tl.int64) * (2 * ROWS) + row, m)
+                tl.store(part_ml_ptr + slot.to(tl.int64) * (2 * ROWS) + ROWS + row, l)
+                tl.debug_barrier()  # all of the program's stores come before its arrival
+                arrived = tl.atomic_add(count_ptr + r * HK + head, 1, sem="acq_rel")
+                done = arrived == p1 - p0
+                if done:
+                    tl.store(count_ptr + r * HK + head, 0)  # as the next launch expects it
+                    m = tl.full([ROWS], float("-inf"), tl.float32)
+                    l = tl.zeros([ROWS], tl.float32)  # noqa: E741
+                    acc = tl.zeros([ROWS, DVP], tl.float32)
+                    for other in tl.range(p0, p1 + 1, loop_unroll_factor=4):
+                        if FIXED > 0:
+                            slot = other * HK + head
+                        else:
+                            slot = (other * 2 + (other * share < r_begin).to(tl.int32)) * HK + head
+                        ml = part_ml_ptr + slot.to(tl.int64) * (2 * ROWS) + row
+                        m1 = tl.load(ml, cache_modifier=".cg")
+                        l1 = tl.load(ml + ROWS, cache_modifier=".cg")
+                        acc1 = tl.load(part_ptr + slot.to(tl.int64) * (ROWS * DVP) + at, cache_modifier=".cg")
+                        m, l, acc = combined(m, l, acc, m1, l1, acc1)  # noqa: E741
+            if done:
+                if SINKS:
+                    sink = tl.load(sinks_ptr + head * G + g).to(tl.float32) * LOG2E
+                    m, l, acc = with_sink(m, l, acc, sink)  # noqa: E741
+                o = acc * (v_scale / tl.where(l == 0, 1.0, l))[:, None]
+                o_row = (token + index).to(tl.int64) * so_t + (head * G + g) * so_h
+                tl.store(out_ptr + o_row[:, None] + dv[None, :], o.to(out_ptr.dtype.element_ty),
+                         mask=rows[:, None] & (dv < DV)[None, :])  # fmt: skip
+                if LSE:
+                    tl.store(lse_ptr + (token + index) * (HK * G) + head * G + g, (m + tl.log2(l)) / LOG2E, mask=rows)
+        t = tl.maximum(t_end, t)
+        if t >= r_end:
+            r += 1

@@ -1,0 +1,143 @@
+"""How a model's steps are run: packed or one after the other, compiled, captured, ahead of the host; and why."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from ...config import ExecutionConfig
+from ...errors import ConfigError, UnsupportedModelError
+from .families import Traits
+from .records import Ready
+
+if TYPE_CHECKING:
+    from ...hybrid.mixers.interface import MixerKernels
+
+MODEL = "model"
+"""The model's own code for state layers."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Execution:
+    """The decisions, each with its reason."""
+
+    packed: bool
+    """One forward per step for all requests; else one for the decodes and one per prefill chunk."""
+    kernels: MixerKernels | None
+    """What computes state layers of packed steps; None without any."""
+    compile_layers: bool
+    cuda_graphs: bool
+    async_scheduling: bool
+    reasons: tuple[str, ...]
+
+    @property
+    def state_mixers(self) -> str:
+        """Name of what computes state layers."""
+        return self.kernels.name if self.kernels else MODEL
+
+
+def decide(model: Any, ready: Ready, traits: Traits) -> Execution:
+    """Choose where the settings leave it open; an explicit setting is obeyed or refused.
+
+    :raises ConfigError: for settings that clash.
+    :raises UnsupportedModelError: for packed steps of a family that has none, where they were asked for.
+    """
+    asked, on_cuda = ready.config.execution, model.device.type == "cuda"
+    packed, kernels, why = _choose_mixers(asked, model, ready, traits, on_cuda)
+    reasons = [why]
+    if not packed:
+        _refuse_without_packing(asked, why)
+        return Execution(
+            packed=False, kernels=None, compile_layers=False, cuda_graphs=False, async_scheduling=False,
+            reasons=(*reasons, "steps: one forward for the decodes, and one per prefill chunk."),
+        )  # fmt: skip
+    compiled, why = _choose_compile(asked, traits, on_cuda)
+    reasons.append(why)
+    graphs, why = _choose_graphs(asked, _obstacle(model, ready, traits, kernels))
+    reasons.append(why)
+    ahead = on_cuda if asked.async_scheduling is None else asked.async_scheduling
+    reasons.append(f"async_scheduling: {_on(ahead)}, {_why(asked.async_scheduling, model.device.type)}.")
+    return Execution(
+        packed=True, kernels=kernels, compile_layers=compiled, cuda_graphs=graphs, async_scheduling=ahead,
+        reasons=tuple(reasons),
+    )  # fmt: skip
+
+
+def _choose_mixers(
+    asked: ExecutionConfig, model: Any, ready: Ready, traits: Traits, on_cuda: bool
+) -> tuple[bool, MixerKernels | None, str]:
+    from .mixer_choice import choose_kernels
+    from .packed.patching import exchange_for
+
+    if asked.state_mixers == MODEL:
+        return False, None, "state_mixers: model, as asked."
+    if asked.state_mixers == "auto" and not on_cuda:
+        return False, None, f"state_mixers: model, since kernels have nothing to win on {model.device.type}."
+    try:
+        exchange_for(model, traits)
+    except UnsupportedModelError as error:
+        if asked.state_mixers != "auto":
+            raise
+        return False, None, f"state_mixers: model, since {error}."
+    return choose_kernels(asked.state_mixers, ready)
+
+
+def _refuse_without_packing(asked: ExecutionConfig, why: str) -> None:
+    for option in ("compile_layers", "cuda_graphs", "async_scheduling"):
+        if getattr(asked, option):
+            raise ConfigError(
+                f"{option} needs packed steps, and there are none ({why.rstrip('.')}); name kernels in state_mixers",
+                option=option,
+                value=True,
+                expected=False,
+            )
+
+
+def _choose_compile(asked: ExecutionConfig, traits: Traits, on_cuda: bool) -> tuple[bool, str]:
+    if traits.expands_latents:
+        reason = "attention expands latents of every length, which would be compiled anew each time"
+        if asked.compile_layers:
+            raise ConfigError(f"compile_layers: {reason}", option="compile_layers", value=True, expected=False)
+        return False, f"compile_layers: off, since {reason}."
+    chosen = on_cuda if asked.compile_layers is None else asked.compile_layers
+    return chosen, f"compile_layers: {_on(chosen)}, {_why(asked.compile_layers, 'cuda' if on_cuda else 'the host')}."
+
+
+def _choose_graphs(asked: ExecutionConfig, obstacle: str | None) -> tuple[bool, str]:
+    if asked.cuda_graphs is False:
+        return False, "cuda_graphs: off, as asked."
+    if obstacle is None:
+        return True, f"cuda_graphs: on, {_why(asked.cuda_graphs, 'cuda')}."
+    if asked.cuda_graphs:
+        raise ConfigError(f"cuda_graphs: {obstacle}", option="cuda_graphs", value=True, expected=False)
+    return False, f"cuda_graphs: off, since {obstacle}."
+
+
+def _obstacle(model: Any, ready: Ready, traits: Traits, kernels: MixerKernels | None) -> str | None:
+    """Why steps of decodes cannot be captured."""
+    if model.device.type != "cuda":
+        return "the model is not on a CUDA device"
+    if traits.expands_latents:
+        return f"attention of {traits.model_type} expands latents, as many as there are tokens"
+    waiting = sorted({impl.name for impl in ready.attention.values() if not impl.capturable})
+    if waiting:
+        return f"attention backend {' and '.join(waiting)} cannot run inside a graph"
+    if kernels is not None and not kernels.capturable:
+        return f"state mixers {kernels.name} cannot run inside a graph"
+    experts = model.config._experts_implementation if model._can_set_experts_implementation() else None
+    if experts == "eager" or (experts == "grouped_mm" and model.dtype is not torch.bfloat16):
+        return (
+            f"the experts' {experts} waits for the device in {str(model.dtype).removeprefix('torch.')};"
+            " call model.set_experts_implementation('batched_mm')"
+        )
+    return None
+
+
+def _on(value: bool) -> str:
+    return "on" if value else "off"
+
+
+def _why(asked: bool | None, device: str) -> str:
+    return f"the default on {device}" if asked is None else "as asked"

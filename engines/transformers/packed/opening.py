@@ -1,0 +1,21 @@
+"""From decisions to a running packed model."""
+
+from __future__ import annotations
+
+from contextlib import nullcontext
+from typing import Any
+
+from ..execution import Execution
+from ..families import Traits
+from ..records import Ready
+from .compiling import CompiledLayers
+from .runner import PackedRunner
+
+
+def open_packed(model: Any, ready: Ready, traits: Traits, execution: Execution) -> PackedRunner:
+    """The runner that ``execution`` asks for."""
+    compiled = CompiledLayers() if execution.compile_layers else None
+    return PackedRunner(
+        model, ready, traits, execution.kernels, compiled,
+        limits=compiled.limits if compiled else nullcontext, cuda_graphs=execution.cuda_graphs,
+    )  # fmt: skip

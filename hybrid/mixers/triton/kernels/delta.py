@@ -1,0 +1,249 @@
+"""Delta rules, with one decay per head (gated delta net) or per key channel (KDA).
+
+A longer request takes two kernels. The first, over all chunks at once, inverts what tokens of a chunk do to each
+other; the second walks a request chunk by chunk with its state in registers. With G the log decays summed in a chunk:
+written = X beta (v - exp(G) k S), out = exp(G) q S + W written, S = exp(G_last) S + (exp(G_last - G) k)' written.
+"""
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def inverse_length(x):
+    """One over the length of each row."""
+    return 1.0 / tl.sqrt(tl.sum(x * x, 1) + 1e-6)
+
+
+@triton.jit
+def unit_lower_inverse(a, SIZE: tl.constexpr, PRECISION: tl.constexpr):
+    """(I + a)^-1 of a strictly lower triangular a: blocks of 16 by substitution, then merged two by two."""
+    r = tl.arange(0, SIZE)[:, None]
+    c = tl.arange(0, SIZE)[None, :]
+    together = r // 16 == c // 16
+    x = tl.where(r == c, 1.0, 0.0)
+    for i in range(15):
+        column = tl.sum(tl.where(together & (c % 16 == i), a, 0.0), 1)
+        row = tl.sum(tl.where(together & (r % 16 == i), x, 0.0), 0)
+        x -= tl.where(together & (r % 16 > i), column[:, None] * row[None, :], 0.0)
+    if SIZE > 16:
+        below = tl.where((r // 32 == c // 32) & (r // 16 > c // 16), a, 0.0)
+        x -= tl.dot(tl.dot(x, below, input_precision=PRECISION), x, input_precision=PRECISION)
+    if SIZE > 32:
+        below = tl.where((r // 64 == c // 64) & (r // 32 > c // 32), a, 0.0)
+        x -= tl.dot(tl.dot(x, below, input_precision=PRECISION), x, input_precision=PRECISION)
+    return x
+
+
+@triton.jit
+def delta_step(
+    q, k, v, g, beta, state, out, slots, fresh, query_start,
+    key_size, width, scale,
+    q_t, q_h, k_t, k_h, v_t, v_h, g_t, g_h, beta_t, state_s, state_h, state_k, state_v, out_t, out_h,
+    HEADS_PER_KEY: tl.constexpr, CHANNELS: tl.constexpr, NORMALISE: tl.constexpr, PACKED: tl.constexpr,
+    BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr,
+):  # fmt: skip
+    """One token of one request, one value head, BLOCK_V columns of its state."""
+    j = tl.program_id(0) * BLOCK_V + tl.arange(0, BLOCK_V)
+    head = tl.program_id(1)
+    request = tl.program_id(2)
+    token = request
+    if not PACKED:
+        token = tl.load(query_start + request)
+        if tl.load(query_start + request + 1) - token != 1:
+            return
+    token = token.to(tl.int64)
+    slot = tl.load(slots + request).to(tl.int64)
+    columns = j < width
+    target = out + token * out_t + head * out_h + j
+    if slot < 0:
+        tl.store(target, tl.zeros((BLOCK_V,), out.dtype.element_ty), mask=columns)
+        return
+    i = tl.arange(0, BLOCK_K)
+    rows = i < key_size
+    inside = rows[:, None] & columns[None, :]
+    known = tl.load(fresh + request) == 0
+    page = state + slot * state_s + head * state_h + i[:, None] * state_k + j[None, :] * state_v
+    s = tl.load(page, mask=inside & known, other=0.0).to(tl.float32)
+    key_head = head // HEADS_PER_KEY
+    query = tl.load(q + token * q_t + key_head * q_h + i, mask=rows, other=0.0).to(tl.float32)
+    key = tl.load(k + token * k_t + key_head * k_h + i, mask=rows, other=0.0).to(tl.float32)
+    if NORMALISE:
+        query *= 1.0 / tl.sqrt(tl.sum(query * query, 0) + 1e-6)
+        key *= 1.0 / tl.sqrt(tl.sum(key * key, 0) + 1e-6)
+    if CHANNELS:
+        decay = tl.exp(tl.load(g + token * g_t + head * g_h + i, mask=rows, other=0.0).to(tl.float32))
+        s = s * decay[:, None]
+    else:
+        s = s * tl.exp(tl.load(g + token * g_t + head * g_h).to(tl.float32))
+    value = tl.load(v + token * v_t + head * v_h + j, mask=columns, other=0.0).to(tl.float32)
+    weight = tl.load(beta + token * beta_t + head).to(tl.float32)
+    written = (value - tl.sum(s * key[:, None], 0)) * weight
+    s += key[:, None] * written[None, :]
+    tl.store(page, s.to(state.dtype.element_ty), mask=inside)
+    y = tl.sum(s * query[:, None], 0) * scale
+    tl.store(target, y.to(out.dtype.element_ty), mask=columns)
+
+
+@triton.jit
+def delta_prepare(
+    q, k, g, beta, inverses, weights, totals, lengths, query_start, chunks,
+    requests, key_size, num_tokens, scale,
+    q_t, q_h, k_t, k_h, g_t, g_h, beta_t, pair_t, pair_h,
+    HEADS_PER_KEY: tl.constexpr, CHANNELS: tl.constexpr, NORMALISE: tl.constexpr,
+    BLOCK_K: tl.constexpr, BLOCK_L: tl.constexpr, OPERAND: tl.constexpr, PRECISION: tl.constexpr,
+    EXACT: tl.constexpr,
+):  # fmt: skip
+    """X and W of one chunk and value head, (T, Hv, L) each; with one decay per head also G and both inverse lengths."""
+    request = tl.load(chunks + 2 * tl.program_id(0))
+    if request >= requests:
+        return
+    number = tl.load(chunks + 2 * tl.program_id(0) + 1)
+    head = tl.program_id(1)
+    start = tl.load(query_start + request).to(tl.int64) + number * BLOCK_L
+    length = (tl.load(query_start + request + 1) - start).to(tl.int32)
+    t = tl.arange(0, BLOCK_L)
+    i = tl.arange(0, BLOCK_K)
+    valid = t < length
+    rows = i < key_size
+    inside = valid[:, None] & rows[None, :]
+    key_head = head // HEADS_PER_KEY
+    query = tl.load(q + start * q_t + key_head * q_h + t[:, None] * q_t + i[None, :], mask=inside, other=0.0)
+    key = tl.load(k + start * k_t + key_head * k_h + t[:, None] * k_t + i[None, :], mask=inside, other=0.0)
+    amount = tl.load(beta + (start + t) * beta_t + head, mask=valid, other=0.0).to(tl.float32)
+    q_length = tl.full((BLOCK_L,), scale, tl.float32)
+    k_length = tl.full((BLOCK_L,), 1.0, tl.float32)
+    if NORMALISE:
+        q_length *= inverse_length(query.to(tl.float32))
+        k_length *= inverse_length(key.to(tl.float32))
+    if CHANNELS:
+        decays = tl.load(g + start * g_t + head * g_h + t[:, None] * g_t + i[None, :], mask=inside, other=0.0)
+        total = tl.cumsum(decays.to(tl.float32), 0)
+        keys = key.to(tl.float32) * k_length[:, None]
+        queries = query.to(tl.float32) * q_length[:, None]
+        alike = tl.zeros((BLOCK_L, BLOCK_L), tl.float32)
+        seen = tl.zeros((BLOCK_L, BLOCK_L), tl.float32)
+        for other in range(BLOCK_L):  # pair by pair: a product of exp(G) and exp(-G) could overflow
+            chosen = (t == other)[:, None]
+            decay = tl.exp(tl.minimum(total - tl.sum(tl.where(chosen, total, 0.0), 0)[None, :], 0.0))
+            reached = tl.sum(tl.where(chosen, keys, 0.0), 0)[None, :] * decay
+            alike = tl.where((t == other)[None, :], tl.sum(keys * reached, 1)[:, None], alike)
+            seen = tl.where((t == other)[None, :], tl.sum(queries * reached, 1)[:, None], seen)
+    else:
+        total = tl.cumsum(tl.load(g + (start + t) * g_t + head * g_h, mask=valid, other=0.0).to(tl.float32), 0)
+        gap = tl.exp(tl.minimum(total[:, None] - total[None, :], 0.0)) * k_length[None, :]
+        across = tl.trans(key.to(OPERAND))
+        alike = tl.dot(key.to(OPERAND), across, input_precision=PRECISION) * gap * k_length[:, None]
+        seen = tl.dot(query.to(OPERAND), across, input_precision=PRECISION) * gap * q_length[:, None]
+        line = head.to(tl.int64) * num_tokens + start + t
+        tl.store(totals + line, total, mask=valid)
+        tl.store(lengths + line, k_length, mask=valid)
+        tl.store(lengths + tl.num_programs(1).to(tl.int64) * num_tokens + line, q_length, mask=valid)
+    alike = tl.where(t[:, None] > t[None, :], alike * amount[:, None], 0.0)
+    seen = tl.where(t[:, None] >= t[None, :], seen, 0.0)
+    pairs = (start + t[:, None]) * pair_t + head * pair_h + t[None, :]
+    inverse = unit_lower_inverse(alike, BLOCK_L, EXACT)
+    tl.store(inverses + pairs, inverse.to(inverses.dtype.element_ty), mask=valid[:, None])
+    tl.store(weights + pairs, seen.to(weights.dtype.element_ty), mask=valid[:, None])
+
+
+@triton.jit
+def delta_scan(
+    q, k, v, g, beta, inverses, weights, totals, lengths, state, out, slots, fresh, query_start,
+    key_size, width, num_tokens, scale,
+    q_t, q_h, k_t, k_h, v_t, v_h, g_t, g_h, beta_t, pair_t, pair_h,
+    state_s, state_h, state_k, state_v, out_t, out_h,
+    HEADS_PER_KEY: tl.constexpr, CHANNELS: tl.constexpr, NORMALISE: tl.constexpr,
+    BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_L: tl.constexpr,
+    OPERAND: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """All tokens of one request of several, one value head, BLOCK_V columns of its state."""
+    j = tl.program_id(0) * BLOCK_V + tl.arange(0, BLOCK_V)
+    head = tl.program_id(1)
+    request = tl.program_id(2)
+    start = tl.load(query_start + request).to(tl.int64)
+    length = (tl.load(query_start + request + 1) - start).to(tl.int32)
+    if length <= 1:
+        return
+    slot = tl.load(slots + request).to(tl.int64)
+    columns = j < width
+    t = tl.arange(0, BLOCK_L)
+    out += start * out_t + head * out_h
+    if slot < 0:
+        for first in range(0, length, BLOCK_L):
+            where = (first + t < length)[:, None] & columns[None, :]
+            nothing = tl.zeros((BLOCK_L, BLOCK_V), out.dtype.element_ty)
+            tl.store(out + t[:, None] * out_t + j[None, :], nothing, mask=where)
+            out += BLOCK_L * out_t
+        return
+    i = tl.arange(0, BLOCK_K)
+    rows = i < key_size
+    inside = rows[:, None] & columns[None, :]
+    page = state + slot * state_s + head * state_h + i[:, None] * state_k + j[None, :] * state_v
+    known = tl.load(fresh + request) == 0
+    s = tl.load(page, mask=inside & known, other=0.0).to(tl.float32)
+    key_head = head // HEADS_PER_KEY
+    q += start * q_t + key_head * q_h
+    k += start * k_t + key_head * k_h
+    v += start * v_t + head * v_h
+    g += start * g_t + head * g_h
+    beta += start * beta_t + head
+    inverses += start * pair_t + head * pair_h
+    weights += start * pair_t + head * pair_h
+    totals += head.to(tl.int64) * num_tokens + start
+    lengths += head.to(tl.int64) * num_tokens + start
+    for first in range(0, length, BLOCK_L):
+        valid = first + t < length
+        sides = valid[:, None] & rows[None, :]
+        query = tl.load(q + t[:, None] * q_t + i[None, :], mask=sides, other=0.0)
+        key = tl.load(k + t[:, None] * k_t + i[None, :], mask=sides, other=0.0)
+        value = tl.load(v + t[:, None] * v_t + j[None, :], mask=valid[:, None] & columns[None, :], other=0.0)
+        pairs = t[:, None] * pair_t + t[None, :]
+        inverse = tl.load(inverses + pairs, mask=valid[:, None], other=0.0).to(OPERAND)
+        weight = tl.load(weights + pairs, mask=valid[:, None], other=0.0).to(OPERAND)
+        amount = tl.load(beta + t * beta_t, mask=valid, other=0.0).to(tl.float32)
+        old = s.to(OPERAND)
+        if CHANNELS:
+            queries = query.to(tl.float32) * scale
+            keys = key.to(tl.float32)
+            if NORMALISE:
+                queries *= inverse_length(query.to(tl.float32))[:, None]
+                keys *= inverse_length(keys)[:, None]
+            decays = tl.load(g + t[:, None] * g_t + i[None, :], mask=sides, other=0.0).to(tl.float32)
+            total = tl.cumsum(decays, 0)
+            last = tl.sum(decays, 0)
+            reach = tl.exp(total)
+            known_value = tl.dot((keys * reach).to(OPERAND), old, input_precision=PRECISION)
+            y = tl.dot((queries * reach).to(OPERAND), old, input_precision=PRECISION)
+            fed = (keys * tl.exp(last[None, :] - total)).to(OPERAND)
+            s = s * tl.exp(last)[:, None]
+        else:
+            total = tl.load(totals + t, mask=valid, other=0.0)
+            last = tl.load(totals + tl.minimum(BLOCK_L, length - first) - 1)
+            k_length = tl.load(lengths + t, mask=valid, other=0.0)
+            q_length = tl.load(lengths + tl.num_programs(1).to(tl.int64) * num_tokens + t, mask=valid, other=0.0)
+            reach = tl.exp(total)
+            known_value = tl.dot(key.to(OPERAND), old, input_precision=PRECISION) * (reach * k_length)[:, None]
+            y = tl.dot(query.to(OPERAND), old, input_precision=PRECISION) * (reach * q_length)[:, None]
+            fed = key.to(OPERAND)
+            s = s * tl.exp(last)
+        wanted = (value.to(tl.float32) - known_value) * amount[:, None]
+        written = tl.dot(inverse, wanted.to(OPERAND), input_precision=PRECISION)
+        y = tl.dot(weight, written.to(OPERAND), acc=y, input_precision=PRECISION)
+        if not CHANNELS:
+            written = written * (tl.exp(last - total) * k_length)[:, None]
+        s = tl.dot(tl.trans(fed), written.to(OPERAND), acc=s, input_precision=PRECISION)
+        tl.store(
+            out + t[:, None] * out_t + j[None, :], y.to(out.dtype.element_ty), mask=valid[:, None] & columns[None, :]
+        )
+        q += BLOCK_L * q_t  # offsets inside a chunk stay 32-bit
+        k += BLOCK_L * k_t
+        v += BLOCK_L * v_t
+        g += BLOCK_L * g_t
+        beta += BLOCK_L * beta_t
+        inverses += BLOCK_L * pair_t
+        weights += BLOCK_L * pair_t
+        totals += BLOCK_L
+        lengths += BLOCK_L
+        out += BLOCK_L * out_t
+    tl.store(page, s.to(state.dtype.element_ty), mask=inside)

@@ -1,0 +1,62 @@
+"""What a plan warns of: memory that costs more than one would expect, and what it cannot know without the device."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from ..cache.specs import MambaSpec
+from ..config import EngineConfig
+from ..device import format_bytes
+from ..hybrid.model_specs import ModelSpec
+from .decision import BlockSizeDecision
+from .interface import Platform
+from .stages import StagePlan
+
+NOTABLE_PADDING_PCT = 10.0
+"""Padding of a state, in percent of its bytes, from which on a warning says so."""
+
+
+def dear_blocks(decision: BlockSizeDecision, stage: StagePlan) -> list[str]:
+    """What costs memory more than one would expect, with the numbers."""
+    found = []
+    groups, per_block = stage.groups, stage.shape.block_bytes
+    raw = decision.state_raw_bytes
+    if raw and 100 * (decision.state_page_bytes - raw) > NOTABLE_PADDING_PCT * raw:
+        pct = 100 * (decision.state_page_bytes - raw) / raw
+        found.append(f"states of {raw} bytes take pages of {decision.state_page_bytes} bytes: padding of {pct:.1f} %.")
+    floor = len(groups) * per_block
+    if decision.block_size > 8 * decision.phase1_block_size:
+        found.append(
+            f"blocks grew from {decision.phase1_block_size} to {decision.block_size} tokens to hold a state, so that "
+            f"the shortest request takes {format_bytes(floor)}: {len(groups)} groups x {format_bytes(per_block)}."
+        )
+    return found
+
+
+def idle_stages(stages: Sequence[StagePlan]) -> list[str]:
+    """Pipeline stages whose layers store nothing."""
+    if all(not stage.groups for stage in stages):
+        return []
+    return [
+        f"{stage.name} stores nothing: its layers read what another stage stores, or keep nothing."
+        for stage in stages
+        if not stage.groups
+    ]
+
+
+def reset_states(model: ModelSpec, platform: Platform, config: EngineConfig) -> list[str]:
+    """What vLLM changes on some CPUs, which a plan without the device cannot know."""
+    if model.engine != "vllm" or platform.device_type != "cpu":
+        return []
+    kept = config.cache.mamba_ssm_cache_dtype != "auto"
+    dtypes = {
+        tensor.dtype
+        for spec in {layer.spec for layer in model.layers if isinstance(layer.spec, MambaSpec)}
+        for tensor in spec.states
+        if tensor.name == "recurrent" and not (spec.kind == "gdn" and kept)
+    }
+    return [
+        f"recurrent states are planned in {dtype}; on a CPU with AVX512-BF16 engine vllm keeps them in float32: plan "
+        "with mamba_ssm_cache_dtype float32 for one."
+        for dtype in sorted(dtypes - {"float32"})
+    ]

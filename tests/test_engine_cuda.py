@@ -1,0 +1,94 @@
+"""On a CUDA device: tokens of ``model.generate`` in float32, whatever is compiled, captured, or ahead of the host."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from functools import cache
+
+import pytest
+import torch
+
+from capturable_setup import DenseAttention, DenseMixers
+from engine_setup import make_ready
+from makeready.device import DeviceFacts
+from makeready.engines.transformers import mixer_choice
+from makeready.engines.transformers.engine import SamplingParams, TransformersEngine
+from tiny_models import tiny_model
+
+pytestmark = pytest.mark.cuda
+CUDA = DeviceFacts(platform="cuda", device_type="cuda")
+FAMILIES = ("falcon_h1", "nemotron_h", "qwen3_next", "lfm2", "mamba2", "llama", "granitemoehybrid")
+LENGTHS = (9, 3, 17, 1, 26, 5, 40)
+NEW = 24
+PARAMS = SamplingParams(max_new_tokens=NEW, ignore_eos=True)
+
+
+@cache
+def prompts() -> list[list[int]]:
+    generator = torch.Generator().manual_seed(5)
+    return [torch.randint(3, 128, (length,), generator=generator).tolist() for length in LENGTHS]
+
+
+@cache
+def stock(family: str):
+    model = tiny_model(family).to("cuda")
+    if model.config._experts_implementation == "grouped_mm":
+        model.set_experts_implementation("batched_mm")  # grouped_mm of float32 waits for the device
+    tokens = []
+    for prompt in prompts():
+        ids = torch.tensor([prompt], device="cuda")
+        out = model.generate(ids, max_new_tokens=NEW, do_sample=False, eos_token_id=-1)
+        tokens.append(out[0, len(prompt) :].tolist())
+    return model, tokens
+
+
+def check(family: str, monkeypatch, dense: bool = True, **options) -> None:
+    model, tokens = stock(family)
+    ready = make_ready(model, device=CUDA, max_num_seqs=6, **{"state_mixers": "reference", **options})
+    if dense:
+        ready = replace(ready, attention=dict.fromkeys(ready.attention, DenseAttention()))
+        monkeypatch.setattr("makeready.hybrid.mixers.reference.kernels.ReferenceMixers", DenseMixers)
+    engine = TransformersEngine(model, None, ready, poison_freed=True)
+    try:
+        for option in ("compile_layers", "cuda_graphs", "async_scheduling"):
+            assert getattr(engine.execution, option) == options[option], engine.execution.reasons
+        found = [list(done.token_ids) for done in engine.generate(prompts(), PARAMS)]
+        assert found == tokens
+        alone = engine.generate(prompts()[2:3], PARAMS)[0]
+        assert list(alone.token_ids) == tokens[2]
+        assert engine.pool.num_free == engine.pool.capacity
+    finally:
+        engine.close()
+
+
+def modes(compiled: bool, graphs: bool, ahead: bool) -> dict[str, bool]:
+    return {"compile_layers": compiled, "cuda_graphs": graphs, "async_scheduling": ahead}
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize(
+    "mode",
+    [modes(False, False, False), modes(False, False, True), modes(False, True, False), modes(False, True, True)],
+    ids=["plain", "ahead", "graphs", "graphs-ahead"],
+)
+def test_tokens(family, mode, monkeypatch):
+    check(family, monkeypatch, **mode)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_tokens_compiled(family, monkeypatch):
+    check(family, monkeypatch, **modes(True, True, True))
+
+
+@pytest.mark.parametrize("family", ["falcon_h1", "nemotron_h", "qwen3_next", "mamba2", "lfm2", "jamba"])
+def test_tokens_with_kernels(family, monkeypatch):
+    check(family, monkeypatch, state_mixers="triton", **modes(False, True, True))
+
+
+def test_chunks_beside_captured_decodes(monkeypatch):
+    check("falcon_h1", monkeypatch, max_num_batched_tokens=9, **modes(False, True, True))
+
+
+def test_the_mixers_that_auto_chooses(monkeypatch):
+    ready = make_ready(stock("falcon_h1")[0], device=CUDA)
+    assert mixer_choice.choose_kernels("auto", ready)[0]

@@ -1,0 +1,68 @@
+"""Packed steps give the tokens of ``model.generate``, in every family, and so do steps that run ahead of the host.
+
+Everything runs on a cache that is NaN before it is written and NaN again once a block is freed.
+"""
+
+from __future__ import annotations
+
+import pytest
+
+from engine_setup import planned_ready
+from makeready.engines.transformers.engine import SamplingParams
+from packed_setup import LENGTHS, NEW, PACKED, PackedRun, prompts
+from tiny_models import ATTENTION_FREE
+
+AHEAD = pytest.mark.parametrize("ahead", [False, True])
+each = pytest.mark.parametrize("family", PACKED)
+
+
+@each
+@AHEAD
+def test_batch_of_unequal_prompts(family, ahead, monkeypatch):
+    with PackedRun(family, monkeypatch, async_scheduling=ahead) as run:
+        run.check_all(run.generate())
+        assert run.steps[0] == LENGTHS  # all prompts in one forward
+
+
+@each
+def test_prefill_chunks_beside_decodes(family, monkeypatch):
+    with PackedRun(family, monkeypatch, max_num_batched_tokens=7, max_num_seqs=4, async_scheduling=True) as run:
+        run.check_all(run.generate())
+        assert any(1 in step and max(step) > 1 for step in run.steps)
+
+
+@each
+def test_requests_join_and_leave_while_others_decode(family, monkeypatch):
+    with PackedRun(family, monkeypatch, async_scheduling=True) as run:
+        engine, joins, leaves = run.engine, {0: 0, 2: 1, 3: 2, 7: 3, 9: 4}, {0: 16, 1: 3, 2: 16, 3: 9, 4: 5}
+        ids: dict[str, int] = {}
+        tokens: dict[int, list[int]] = {}
+        step = 0
+        while step < 10 or engine.has_requests():
+            if step in joins:
+                params = SamplingParams(max_new_tokens=leaves[joins[step]], ignore_eos=True)
+                ids[engine.add_request(prompts()[joins[step]], params)] = joins[step]
+            for output in engine.step():
+                tokens.setdefault(ids[output.request_id], []).extend(output.new_token_ids)
+            step += 1
+        assert tokens == {index: run.tokens[index][:count] for index, count in leaves.items()}
+        assert engine.pool.num_free == engine.pool.capacity
+
+
+@each
+@AHEAD
+def test_preempted_requests_end_with_the_same_tokens(family, ahead, monkeypatch):
+    with PackedRun(family, monkeypatch, async_scheduling=ahead) as run:
+        pool, need = run.engine.pool, run.engine.scheduler.blocks_needed
+        few = max(need(max(LENGTHS) + NEW), 2 * need(LENGTHS[0]))
+        taken = pool.allocate(0, pool.num_free - few, "somebody else")
+        completions = run.generate()
+        pool.free(0, taken, "somebody else")
+        run.check_all(completions)
+        assert (run.engine.num_preemptions > 0) == (family not in ATTENTION_FREE)
+
+
+@pytest.mark.parametrize("family", ["falcon_h1", "lfm2", "qwen3_next", "mamba"])
+def test_the_planned_geometry_gives_the_same_tokens(family, monkeypatch):
+    with PackedRun(family, monkeypatch, planned_ready, max_num_batched_tokens=13) as run:
+        run.check_all(run.generate())

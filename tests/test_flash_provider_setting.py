@@ -1,0 +1,140 @@
+"""``--provider``: its constraints decide the block in plan and prepare alike; it is used or refused, never replaced."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+
+import makeready
+from flash_library import flash_attention_3
+from makeready.attention_backends.flash import backend as flash_backend
+from makeready.attention_backends.flash.flash_attention_3 import FlashAttention3
+from makeready.cli import main
+from makeready.errors import BackendError, BlockSizeError, ConfigError
+from makeready.plugins.doctor import examine
+from makeready.plugins.manager import load_plugins
+from makeready.startup import BUNDLED_MODEL
+
+HYBRID = "nvidia/NVIDIA-Nemotron-3-Nano-30B-A3B-BF16"
+
+
+class Wide(FlashAttention3):
+    """A library on the CPU that reads pages of a multiple of 48 tokens."""
+
+    name = "wide"
+    device_types = frozenset({"cpu"})
+
+    def __init__(self):
+        super().__init__(
+            version_of=lambda name: "1.0", load=lambda module, name: flash_attention_3, found=lambda module: True
+        )
+
+    def constraints(self, device):
+        from dataclasses import replace
+
+        dtypes = frozenset({"bfloat16", "float32"})
+        return replace(
+            super().constraints(device), owner="flash by wide", kernel_block_multiple=48, dtypes=dtypes,
+            kv_cache_dtypes=dtypes,
+        )  # fmt: skip
+
+
+@pytest.fixture
+def plugins(monkeypatch):
+    """The built-in plugins on a machine where flash finds that library."""
+    monkeypatch.setattr(flash_backend, "default_providers", lambda: (Wide(),))
+    return load_plugins(entry_points=())
+
+
+def test_a_provider_s_pages_decide_the_block_on_a_device_that_is_not_here():
+    free = makeready.plan(HYBRID, platform="cuda")
+    narrowed = makeready.plan(HYBRID, platform="cuda", flash_provider="varlen")
+    assert free.block_size % 256
+    assert narrowed.block_size % 256 == 0
+    assert "flash by varlen needs a multiple of 256" in narrowed.explain()
+    with pytest.raises(BlockSizeError, match=r"flash by varlen needs a multiple of 256; the nearest .* 2304"):
+        makeready.plan(HYBRID, platform="cuda", flash_provider="varlen", block_size=2112)
+
+
+@pytest.mark.parametrize("provider", [None, "wide"])
+def test_prepare_takes_the_block_that_was_planned_and_runs_the_asked_kernels(plugins, provider):
+    asked = {"platform": "cpu", "flash_provider": provider, "backend": "flash", "num_blocks": 40}
+    planned = makeready.plan(BUNDLED_MODEL, plugins=plugins, engine="transformers", **asked)
+    ready = makeready.prepare(plugins=plugins, **asked)
+    assert ready.block_size == planned.block_size
+    assert ready.block_size % 48 == 0
+    assert {attention.provider for attention in ready.attention.values()} == {"wide"}
+
+
+def test_the_engine_generates_the_reference_s_tokens_with_a_provider(plugins):
+    asked = {"num_blocks": 40, "dtype": "float32", "max_num_batched_tokens": 16}
+    prompts = ("def f(x):", "import")
+    from makeready.engines.transformers.records import SamplingParams
+
+    params = SamplingParams(max_new_tokens=6)
+    ours = makeready.launch(None, prompts, params, plugins=plugins, flash_provider="wide", **asked)
+    reference = makeready.launch(None, prompts, params, plugins=plugins, backend="reference", **asked)
+    assert [done.token_ids for done in ours] == [done.token_ids for done in reference]
+
+
+def test_a_provider_means_flash_and_another_backend_beside_it_is_refused():
+    planned = makeready.plan(HYBRID, platform="xpu", flash_provider="xpu-kernels")
+    assert {layer.backend for layer in planned.layers} == {"flash", None}
+    with pytest.raises(ConfigError, match="'fa3' is a provider of flash, and backend 'flex' is asked"):
+        makeready.plan(HYBRID, platform="cuda", backend="flex", flash_provider="fa3")
+
+
+@pytest.mark.parametrize(
+    ("provider", "reason"),
+    [
+        ("fa5", "flash_provider 'fa5' is not known; for cuda there are fa3, fa4, varlen"),
+        ("ipex", "flash_provider 'ipex' serves cpu, xpu, and this device is cuda"),
+    ],
+)
+def test_a_provider_that_cannot_serve_the_device_is_refused_by_name(provider, reason):
+    with pytest.raises(BackendError, match=reason):
+        makeready.plan(HYBRID, platform="cuda", flash_provider=provider)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="for a machine without libraries of flash kernels")
+def test_a_provider_that_is_not_installed_is_refused_and_nothing_takes_its_place():
+    with pytest.raises(BackendError, match="ipex: Intel Extension for PyTorch"):
+        makeready.prepare(platform="cpu", flash_provider="ipex", num_blocks=40)
+
+
+def test_a_layer_that_the_provider_cannot_serve_is_refused_with_both_sides():
+    gpt_oss = makeready.plan("openai/gpt-oss-20b", platform="cuda")
+    assert {layer.backend for layer in gpt_oss.layers} == {"flash"}
+    with pytest.raises(BackendError, match="flash has no attention sinks, and the layer has them"):
+        makeready.plan("openai/gpt-oss-20b", platform="cuda", flash_provider="fa3")
+
+
+def test_automatic_choice_leaves_flash_where_no_installed_provider_serves_the_layer(plugins):
+    odd = {"platform": "cpu", "num_blocks": 40, "dtype": "float16"}  # the library has no float16
+    ready = makeready.prepare(plugins=plugins, **odd)
+    assert {attention.name for attention in ready.attention.values()} != {"flash"}
+
+
+def test_doctor_lists_every_provider_with_its_probe_and_constraints(plugins, capsys):
+    seen = {platform["name"]: platform for platform in examine(plugins).to_dict()["platforms"]}
+    (wide,) = next(backend for backend in seen["cpu"]["backends"] if backend["name"] == "flash")["providers"]
+    assert (wide["name"], wide["available"]) == ("wide", True)
+    assert "blocks multiples of 48" in wide["constraints"]
+
+
+def test_doctor_lists_what_other_platforms_could_take(capsys):
+    with pytest.raises(SystemExit):
+        main(["doctor", "--json"])
+    seen = {platform["name"]: platform for platform in json.loads(capsys.readouterr().out)["platforms"]}
+    names = {
+        platform: [provider["name"] for backend in seen[platform]["backends"] for provider in backend["providers"]]
+        for platform in ("cpu", "cuda", "xpu")
+    }
+    assert names["cpu"][:1] == ["ipex"]
+    assert names["cuda"][:3] == ["fa3", "fa4", "varlen"]
+    assert names["xpu"][:2] == ["xpu-kernels", "ipex"]
+    with pytest.raises(SystemExit):
+        main(["doctor"])
+    assert "whose kernels come from the first of these that can serve" in capsys.readouterr().out
