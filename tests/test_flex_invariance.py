@@ -133,12 +133,13 @@ def test_training_has_the_same_bits(device, block_size, heads, head_size, dtype,
     kernel = training_kernel(
         head_size=head_size, dtype=dtype, kernel_block_size=impl.settings.kernel_block_size, device_type=device
     )
-    q, k, v = (part.transpose(0, 1)[None].contiguous() for part in mine)
+    padded = kernel.padded(length)
+    q, k, v = (torch.cat([part, part.new_zeros(padded - length, *part.shape[1:])]).transpose(0, 1)[None] for part in mine)
     full = torch.compile(flex_attention, dynamic=False, fullgraph=True)
     trained = full(
-        q, k, v, block_mask=kernel.block_mask(length, device=device, sliding_window=sliding_window), scale=call.scale,
+        q, k, v, block_mask=kernel.block_mask(padded, device=device, sliding_window=sliding_window), scale=call.scale,
         enable_gqa=heads[0] != heads[1], kernel_options=dict(kernel.options),
-    )[0].transpose(0, 1)  # fmt: skip
+    )[0].transpose(0, 1)[:length]  # fmt: skip
     whole = run(impl, paged([mine], [(length, length)], block_size), call)
     assert torch.equal(whole, trained)
     for end in (length, 300, 64, 17):

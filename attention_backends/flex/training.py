@@ -35,6 +35,11 @@ class TrainingKernel:
     options: Mapping[str, object]
     """``kernel_options``. The backward pass has tiles of its own, small enough for the mask's blocks."""
 
+    def padded(self, seq_len: int) -> int:
+        """``seq_len`` up to whole tiles. On CPU a sequence must be padded: torch's kernel rounds ragged ones anew."""
+        multiple = max(self.query_block, self.kv_block)
+        return -(-seq_len // multiple) * multiple
+
     def block_mask(
         self, seq_len: int, *, device: torch.device | str, causal: bool = True, sliding_window: int | None = None
     ) -> BlockMask:
