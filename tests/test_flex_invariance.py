@@ -23,9 +23,8 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 
 
 def build(device, block_size, heads, head_size, dtype, **config):
-    facts = DeviceFacts(
-        platform=device, device_type=device, compute_capability=torch.cuda.get_device_capability() if device == "cuda" else None
-    )  # fmt: skip
+    capability = torch.cuda.get_device_capability() if device == "cuda" else None
+    facts = DeviceFacts(platform=device, device_type=device, compute_capability=capability)
     spec = AttentionSpec(
         num_query_heads=heads[0], num_kv_heads=heads[1], head_size=head_size, head_size_v=head_size, dtype=dtype
     )
@@ -33,13 +32,13 @@ def build(device, block_size, heads, head_size, dtype, **config):
         BuildRequest(
             device=facts, spec=spec, dtype=dtype, block_size=block_size,
             kernel_block_size=kernel_block_size(FlexBackend().capabilities(facts), block_size),
-            num_blocks=NUM_BLOCKS(block_size), max_num_seqs=64, max_num_batched_tokens=2048, max_model_len=1056,
+            num_blocks=blocks_of(block_size), max_num_seqs=64, max_num_batched_tokens=2048, max_model_len=1056,
             config=AttentionConfig(batch_invariant=True, **config),
         )
     )  # fmt: skip
 
 
-def NUM_BLOCKS(block_size):
+def blocks_of(block_size):
     return 4096 // block_size + 80
 
 
@@ -52,7 +51,8 @@ def sequence(length, heads, head_size, dtype, device, seed):
     """Query, key and value of one sequence, of which requests compute parts."""
     rng = torch.Generator().manual_seed(seed)
     return tuple(
-        torch.randn(length, count, head_size, generator=rng).to(dtype).to(device) for count in (heads[0], heads[1], heads[1])
+        torch.randn(length, count, head_size, generator=rng).to(dtype).to(device)
+        for count in (heads[0], heads[1], heads[1])
     )
 
 
@@ -61,7 +61,7 @@ def paged(sequences, parts, block_size, placement="random", seed=0) -> Case:
     query, key, _ = sequences[0]
     device, dtype = query.device, query.dtype
     seq_lens, q_lens = [end for end, _ in parts], [count for _, count in parts]
-    num_blocks = NUM_BLOCKS(block_size)
+    num_blocks = blocks_of(block_size)
     tables = place([-(-end // block_size) for end in seq_lens], num_blocks, placement, seed)
     caches = cache_views("NHD", num_blocks, 3, block_size, key.shape[1], key.shape[2], key.shape[2], dtype, device)
     for table, (_, *both), end in zip(tables, sequences, seq_lens, strict=True):
@@ -134,7 +134,9 @@ def test_training_has_the_same_bits(device, block_size, heads, head_size, dtype,
         head_size=head_size, dtype=dtype, kernel_block_size=impl.settings.kernel_block_size, device_type=device
     )
     padded = kernel.padded(length)
-    q, k, v = (torch.cat([part, part.new_zeros(padded - length, *part.shape[1:])]).transpose(0, 1)[None] for part in mine)
+    q, k, v = (
+        torch.cat([part, part.new_zeros(padded - length, *part.shape[1:])]).transpose(0, 1)[None] for part in mine
+    )
     full = torch.compile(flex_attention, dynamic=False, fullgraph=True)
     trained = full(
         q, k, v, block_mask=kernel.block_mask(padded, device=device, sliding_window=sliding_window), scale=call.scale,
@@ -174,6 +176,8 @@ def test_settings_that_cannot_promise_it_are_refused_by_name():
     )  # fmt: skip
     with pytest.raises(BackendError, match="flex_attn_block_m 32 is smaller than the 64 query heads of a KV head"):
         FlexBackend().build(request)
-    xpu = replace(request, device=DeviceFacts(platform="xpu", device_type="xpu"), config=AttentionConfig(batch_invariant=True))
+    xpu = replace(
+        request, device=DeviceFacts(platform="xpu", device_type="xpu"), config=AttentionConfig(batch_invariant=True)
+    )
     with pytest.raises(BackendError, match="flex on xpu cannot promise the same bits"):
         FlexBackend().build(xpu)

@@ -118,7 +118,11 @@ class RowBuffers:
         )
         position, seq_len, request = self.facts[:3, :rows].unbind()
         lists = BlockLists(
-            self.counts[1, :rows], masked, self.counts[0, :rows], whole, RowFacts(position, seq_len, request, self.places)
+            self.counts[1, :rows],
+            masked,
+            self.counts[0, :rows],
+            whole,
+            RowFacts(position, seq_len, request, self.places),
         )
         mark_rows(lists)
         return DecodeRows(plan, lists, self.facts, self.unit_rows)

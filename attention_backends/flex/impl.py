@@ -177,9 +177,7 @@ class FlexAttention(AttentionImpl):
         from .decode import Kind, RowRing, attend_rows
 
         assert metadata.decode is not None
-        kind = Kind(
-            cache.block_stride, cache.num_blocks, call.causal, call.sliding_window, call.mask_mod is not None
-        )
+        kind = Kind(cache.block_stride, cache.num_blocks, call.causal, call.sliding_window, call.mask_mod is not None)
         if kind not in metadata.rows:
             ring = self._rings.setdefault(kind, RowRing(self.settings, kind, query.device))
             metadata.rows[kind] = ring.next().fill(metadata.decode, metadata.step)

@@ -35,7 +35,7 @@ def run_options(settings: FlexSettings, *, contiguous: bool) -> dict[str, Any]:
     :param contiguous: whether each list of blocks is one run.
     """
     tile = prefill_tile(settings.head_size, settings.element_bytes)
-    return _options(tile, settings, settings.mask_query_block) | {
+    return _options(tile, settings, min(tile.block_m, settings.mask_query_block)) | {
         "IS_DIVISIBLE": True,
         "PRESCALE_QK": tile.prescale,
         "BLOCKS_ARE_CONTIGUOUS": contiguous,
@@ -99,7 +99,7 @@ def _options(tile: Tile, settings: FlexSettings, rows: int, *, wide: bool = Fals
         # The decode template ties its splits to the length of the whole cache, and its batch to one compilation.
         "FORCE_USE_FLEX_ATTENTION": True,
         "BLOCK_M": settings.tile_m or rows,
-        "BLOCK_N": settings.tile_n or min(tile.block_n, settings.kernel_block_size),
+        "BLOCK_N": min(settings.tile_n or tile.block_n, settings.kernel_block_size),
         "num_warps": tile.warps,
         "num_stages": tile.stages,
         "USE_TMA": tile.tma or wide,

@@ -52,9 +52,7 @@ def mark_rows(lists: BlockLists) -> None:
         torch._dynamo.mark_dynamic(tensor, 0)
 
 
-def modifiers(
-    facts: RowFacts, cache: FlatCache, call: AttentionCall, group: int
-) -> tuple[Modifier, Modifier | None]:
+def modifiers(facts: RowFacts, cache: FlatCache, call: AttentionCall, group: int) -> tuple[Modifier, Modifier | None]:
     """The mask of ragged blocks and the score modifier, or ``None``.
 
     :param group: query heads that lie beside each other as query rows of one head; 1 where each is a head.
@@ -79,9 +77,7 @@ def modifiers(
     if soft_cap is None and own is None and slopes is None:
         return mask, None
 
-    def score(
-        value: torch.Tensor, b: torch.Tensor, h: torch.Tensor, q: torch.Tensor, kv: torch.Tensor
-    ) -> torch.Tensor:
+    def score(value: torch.Tensor, b: torch.Tensor, h: torch.Tensor, q: torch.Tensor, kv: torch.Tensor) -> torch.Tensor:
         if soft_cap is not None:
             value = soft_cap * torch.tanh(value / soft_cap)
         if slopes is not None or own is not None:

@@ -1,9 +1,9 @@
 """Masks for ``AttentionCall.mask_mod``, in the positions of each request's own sequence.
 
-A modifier is called with tensors: ``mask_mod(request, head, query, key)``, where ``request`` counts in the step's order
-and ``query`` and ``key`` are positions in the request's sequence, wherever its blocks lie. It narrows what ``causal`` and
-``sliding_window`` leave. Make one per model rather than one per step and keep what changes in tensors that it reads:
-torch compiles a function once.
+A modifier is called with tensors: ``mask_mod(request, head, query, key)``, where ``request`` counts in the order of
+the step and ``query`` and ``key`` are positions in the request's sequence, wherever its blocks lie. It narrows what
+``causal`` and ``sliding_window`` leave. Make one per model rather than one per step, and keep what changes in tensors
+that it reads: torch compiles a function once.
 """
 
 from __future__ import annotations

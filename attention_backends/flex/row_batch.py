@@ -33,10 +33,10 @@ def row_batch(group: RowGroup, batch_rows: int, device: torch.device, *, fused: 
     first, counts = [row.token for row in rows] + [0] * padding, [row.count for row in rows] + [0] * padding
     facts = stage([*[0] * (3 * batch_rows), *first, *counts], torch.int32, device).view(5, batch_rows)
     run = None
-    if not padding and all(row.token == rows[0].token + i * group.length for i, row in enumerate(rows)):
-        # Only the last row may be ragged: it then holds queries of somebody else, which nobody reads.
-        if all(row.count == group.length for row in rows[:-1]):
-            run = (rows[0].token, sum(counts))
+    follow = all(row.token == rows[0].token + index * group.length for index, row in enumerate(rows))
+    # Only the last row may be ragged: it then holds queries of somebody else, which nobody reads.
+    if not padding and follow and all(row.count == group.length for row in rows[:-1]):
+        run = (rows[0].token, sum(counts))
     if fused:
         return RowBatch(group, batch_rows, facts, None, None, run)
     tokens: list[int] = []

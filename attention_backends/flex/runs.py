@@ -66,27 +66,27 @@ def build_run(step: StepMetadata, requests: Sequence[int], settings: FlexSetting
     device = step.block_table.device
     ours = set(requests)
     query_lens = [count if index in ours else 0 for index, count in enumerate(step.query_lens_host)]
+    query_block = settings.asked_query_block or settings.tile_m or tile.block_m
+    kv_block = min(settings.asked_kv_block or settings.tile_n or tile.block_n, CHUNK)
     inner = replace(
         settings,
-        block_size=tile.block_n,
-        kernel_block_size=tile.block_n,
-        mask_query_block=tile.block_m,
-        row_lengths=(tile.block_m,),
-        tile_m=None,
-        tile_n=None,
-        max_blocks_per_row=-(-settings.max_model_len // CHUNK) * CHUNK // tile.block_n,
+        block_size=kv_block,
+        kernel_block_size=kv_block,
+        mask_query_block=query_block,
+        row_lengths=(query_block,),
+        max_blocks_per_row=-(-settings.max_model_len // CHUNK) * CHUNK // kv_block,
     )
-    group = _rows(step, query_lens, tile.block_m)
+    group = _rows(step, query_lens, query_block)
     first_block = [0] * step.num_requests
     chunks: list[tuple[int, int, int]] = []
     for request in requests:
         length = step.seq_lens_host[request]
-        first_block[request] = len(chunks) * (CHUNK // tile.block_n)
+        first_block[request] = len(chunks) * (CHUNK // kv_block)
         chunks.extend((request, start, length) for start in range(0, length, CHUNK))
     columns = [number for column in zip(*chunks, strict=True) for number in column]
     longest = max(step.seq_lens_host[request] for request in requests)
     staged = stage([*columns, *first_block], torch.int32, device)
-    width = torch.arange(-(-longest // CHUNK) * (CHUNK // tile.block_n), dtype=torch.int32, device=device)
+    width = torch.arange(-(-longest // CHUNK) * (CHUNK // kv_block), dtype=torch.int32, device=device)
     return Run(
         inner,
         row_batch(group, inner.batch_rows(len(group.rows)), device, fused=True),

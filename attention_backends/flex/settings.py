@@ -39,6 +39,9 @@ class FlexSettings:
     tile_m: int | None
     """The user's kernel tiles, or ``None`` for those chosen by dtype and head size."""
     tile_n: int | None
+    asked_query_block: int | None
+    """The user's mask blocks, or ``None`` for those that suit the kernel."""
+    asked_kv_block: int | None
     sinks: bool
     max_view_elements: int | None
     batch_invariant: bool
@@ -142,6 +145,8 @@ def flex_settings(request: BuildRequest, capabilities: Capabilities) -> FlexSett
         max_blocks_per_row=blocks * (request.block_size // kernel_block),
         tile_m=tile_m,
         tile_n=tile_n,
+        asked_query_block=config.flex_attn_q_block_size,
+        asked_kv_block=config.flex_attn_kv_block_size,
         sinks=capabilities.sinks,
         max_view_elements=capabilities.max_view_elements,
         batch_invariant=invariant,
@@ -160,9 +165,7 @@ def flex_settings(request: BuildRequest, capabilities: Capabilities) -> FlexSett
 def invariant_query_block(config: AttentionConfig, *, on_cpu: bool) -> int:
     """Query block under batch invariance; on CPU, where every row of queries is padded to it, the least."""
     return (
-        config.flex_attn_q_block_size
-        or config.flex_attn_block_m
-        or (SHORT_ROW if on_cpu else invariant_tile().block_m)
+        config.flex_attn_q_block_size or config.flex_attn_block_m or (SHORT_ROW if on_cpu else invariant_tile().block_m)
     )
 
 

@@ -62,13 +62,15 @@ class TrainingKernel:
         head = full - first
         masked = torch.where(column < head, first + column, tail - head + column).clamp(max=blocks - 1)
         whole = (full + column).clamp(max=blocks - 1)
-        counts = (head + end - tail, tail - full)
+
+        def on_device(part: torch.Tensor, *shape: int) -> torch.Tensor:
+            return part.to(torch.int32).reshape(1, 1, tiles, *shape).contiguous().to(device)
+
         return BlockMask.from_kv_blocks(
-            *(
-                part.to(torch.int32).view(1, 1, tiles, *shape).contiguous().to(device)
-                for count, indices in zip(counts, (masked, whole), strict=True)
-                for part, shape in ((count, ()), (indices, (blocks,)))
-            ),
+            on_device(head + end - tail),
+            on_device(masked, blocks),
+            on_device(tail - full),
+            on_device(whole, blocks),
             BLOCK_SIZE=(self.query_block, self.kv_block),
             mask_mod=_mask(causal, sliding_window),
             seq_lengths=(seq_len, seq_len),

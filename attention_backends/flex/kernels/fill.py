@@ -49,7 +49,7 @@ def fill_rows(
     row = tl.program_id(0)
     unit = tl.arange(0, UNITS)
     live = unit < units
-    if IDENTITY:
+    if IDENTITY:  # noqa: SIM108
         request = unit
     else:
         request = tl.load(requests + unit, mask=live, other=0)
