@@ -9,7 +9,6 @@ from ...device import DeviceFacts
 from .settings import FlexSettings
 from .tiles import Tile, decode_tile, invariant_tile, prefill_tile
 
-
 CPU_OPTIONS = {"PARTITION_SIZE": 100}
 """At a multiple of the KV block, torch may take a decode template whose work grows with the whole cache."""
 
