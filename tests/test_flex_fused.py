@@ -62,9 +62,7 @@ def listed(query, key, value, lists, mask, score, blocks, scale, options, lse):
 def build(monkeypatch, block_size=16, heads=(4, 2), num_blocks=96, **config):
     monkeypatch.setattr(FlexSettings, "extra_rows", property(lambda self: 0 if self.batch_invariant else 6))
     facts = DeviceFacts(platform="cuda", device_type="cuda", compute_capability=(9, 0))
-    spec = AttentionSpec(
-        num_query_heads=heads[0], num_kv_heads=heads[1], head_size=16, head_size_v=16, dtype="float32"
-    )
+    spec = AttentionSpec(num_query_heads=heads[0], num_kv_heads=heads[1], head_size=16, head_size_v=16, dtype="float32")
     capabilities = FlexBackend().capabilities(facts)
     request = BuildRequest(
         device=facts, spec=spec, dtype="float32", block_size=block_size,

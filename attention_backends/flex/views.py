@@ -59,13 +59,17 @@ def flatten(
             option="num_blocks",
             value=num_blocks,
         )
+    wide = max(tokens * cache.stride(1) for cache in (key_cache, value_cache)) > INT32_ELEMENTS
+    if wide and key_cache.device.type == "cuda":
+        _check_aligned(key_cache)
+        _check_aligned(value_cache)
     return FlatCache(
         _flat(key_cache, tokens, max_elements),
         _flat(value_cache, tokens, max_elements),
         strides[0],
         num_blocks,
         block_size,
-        max(tokens * cache.stride(1) for cache in (key_cache, value_cache)) > INT32_ELEMENTS,
+        wide,
     )
 
 
@@ -78,6 +82,18 @@ def _block_stride(cache: torch.Tensor, name: str) -> int:
             option="layout",
         )
     return block // token
+
+
+def _check_aligned(cache: torch.Tensor) -> None:
+    """What TMA needs; without it torch would address elements with 32 bits, which wrap."""
+    numbers = (cache.data_ptr(), *(stride * cache.element_size() for stride in cache.stride()[:3]))
+    if any(number % 16 for number in numbers):
+        raise BackendError(
+            f"a view beyond {INT32_ELEMENTS} elements must start and step at multiples of 16 bytes, and this one has "
+            f"{numbers}",
+            option="num_blocks",
+            value=cache.shape[0],
+        )
 
 
 def _flat(cache: torch.Tensor, tokens: int, max_elements: int | None) -> torch.Tensor:
