@@ -8,6 +8,7 @@ from importlib.util import find_spec
 
 import pytest
 import torch
+
 from mixer_cases import Mixer, cast, make_batch, make_pages
 
 pytestmark = pytest.mark.skipif(

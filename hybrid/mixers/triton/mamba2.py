@@ -115,7 +115,7 @@ def mamba2(
     mamba2_outputs[(-(-width // tile.rows) * -(-length // tile.tokens), heads, count)](
         x, C, D, z, steps, totals, pairs, before, out, *where, chunks, batch.num_requests, width, size, tokens,
         *x.stride()[:2], *C.stride()[:2], *pairs.stride()[:2], *skips, *gates, *before.stride()[:3], *out.stride()[:2],
-        **shared, **extras, BLOCK_P=tile.rows, BLOCK_N=tiles.inner, BLOCK_T=tile.tokens, BLOCK_J=tiles.earlier, BLOCK_L=length,
-        **products(x.dtype), num_warps=tile.warps, num_stages=tile.stages,
+        **shared, **extras, BLOCK_P=tile.rows, BLOCK_N=tiles.inner, BLOCK_T=tile.tokens, BLOCK_J=tiles.earlier,
+        BLOCK_L=length, **products(x.dtype), num_warps=tile.warps, num_stages=tile.stages,
     )  # fmt: skip
     return out
