@@ -38,7 +38,7 @@ class PrefillConfig:
     warps: int
     stages: int
     source: str
-    """Where K and V are read: ``pages``, ``page tiles``, ``gathered`` or ``copies``."""
+    """Where K and V are read: the ``pages``, or one piece: ``gathered`` (by descriptors) or ``copies``."""
     fixed: int = 0
     """KV tiles of a segment in the batch-invariant mode; 0 outside it."""
 
