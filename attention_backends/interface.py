@@ -8,7 +8,7 @@ serves ``plan`` on machines without the device. The second half (:class:`Attenti
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -184,6 +184,11 @@ class AttentionCall:
     soft_cap: float | None = None
     sinks: torch.Tensor | None = None
     """One logit per query head, shape (num_query_heads,)."""
+    mask_mod: Callable[..., torch.Tensor] | None = None
+    """Flex only: ``mask_mod(request, head, query, key) -> bool``, of positions in the request's own sequence and of
+    the request's place in the step; narrows what ``causal`` and ``sliding_window`` leave. See ``flex.mods``."""
+    score_mod: Callable[..., torch.Tensor] | None = None
+    """Flex only: ``score_mod(score, request, head, query, key) -> score``, after scaling and soft cap."""
     alibi_slopes: torch.Tensor | None = None
     """Slope of each query head, shape (num_query_heads,): times key position minus query position, on every score."""
     key_scale: float = 1.0

@@ -11,8 +11,9 @@ from torch.nn.functional import pad
 from ....errors import BackendError
 from ...interface import AttentionCall, AttentionImpl, BuildRequest
 from ...metadata import StepMetadata
-from .configs import decode_config, prefill_config, short_queries
+from .configs import short_queries
 from .launch import DecodeWork, PrefillWork, Shape, decode, plan_decode, plan_prefill, prefill
+from .tuned import Configs, read_table
 
 GATHERED_BLOCK = 16
 """Tokens of a block of the small cache that gathered K and V are laid out as."""
@@ -39,13 +40,15 @@ class TritonImpl(AttentionImpl):
 
     :param request: its ``spec`` says for which layers :meth:`prepare` shares the work out already.
     :param compute_units: multiprocessors of the device.
+    :param configs: the kernels' configurations; ``None`` reads the table of the package.
     """
 
     name = "flash"
     capturable = True
 
-    def __init__(self, request: BuildRequest, compute_units: int) -> None:
+    def __init__(self, request: BuildRequest, compute_units: int, configs: Configs | None = None) -> None:
         self._request = request
+        self._configs = Configs(read_table()) if configs is None else configs
         self._units = compute_units
         self._invariant = request.config.batch_invariant
 
@@ -165,7 +168,7 @@ class TritonImpl(AttentionImpl):
         decodes = []
         for fewest, queries in ((1, 1), (2, most)):
             if any(fewest <= count <= queries for count in lens):
-                config = decode_config(
+                config = self._configs.decode(
                     device, head_size=shape.padded, rows=queries * shape.group, narrow=narrow,
                     invariant=self._invariant, max_model_len=self._request.max_model_len,
                 )  # fmt: skip
@@ -175,7 +178,7 @@ class TritonImpl(AttentionImpl):
         long = [(count, length) for count, length in zip(lens, step.seq_lens_host, strict=True) if count > most]
         if not long:
             return Works(tuple(decodes), None)
-        tiles = prefill_config(
+        tiles = self._configs.prefill(
             device, shape.head_size, shape.head_size_v, shape.group,
             queries=sum(count for count, _ in long), keys=sum(length for _, length in long),
             block_size=step.block_size, causal=causal, narrow=narrow,

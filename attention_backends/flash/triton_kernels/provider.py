@@ -51,6 +51,7 @@ class TritonProvider(FlashProvider):
         fp8 = FP8 if capability is None or capability >= FP8_CAPABILITY else frozenset({"fp8_e5m2"})
         return Capabilities(
             name="flash",
+            owner="flash by triton",
             dtypes=HALF,
             kv_cache_dtypes=HALF | fp8,
             kernel_block_multiple=16,

@@ -1,0 +1,117 @@
+"""The serving side's numbers for a trainer: the block mask and the kernel options of plain flex_attention.
+
+Under batch invariance a query's bits depend on its own request alone: on the tile it is computed with, and on the
+order in which it meets its blocks of keys (ragged ones first, then the whole ones). With the same tile and order, a
+full forward pass over unpaged K and V gives the same bits::
+
+    kernel = training_kernel(head_size=128, dtype="bfloat16", kernel_block_size=16, device_type="cuda")
+    out = torch.compile(flex_attention)(
+        q, k, v, block_mask=kernel.block_mask(seq_len, device=q.device), scale=scale, enable_gqa=True,
+        kernel_options=dict(kernel.options),
+    )
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import torch
+from torch.nn.attention.flex_attention import BlockMask
+
+from ...config import AttentionConfig
+from ...device import DeviceFacts
+from .kernel_options import invariant_options
+from .rows import Row, visited_blocks
+from .settings import invariant_query_block
+
+
+@dataclass(frozen=True, slots=True)
+class TrainingKernel:
+    """What ``flex_attention`` must be given for the bits of the batch-invariant backend."""
+
+    query_block: int
+    kv_block: int
+    options: Mapping[str, object]
+    """``kernel_options``. The backward pass has tiles of its own, small enough for the mask's blocks."""
+
+    def padded(self, seq_len: int) -> int:
+        """``seq_len`` up to whole tiles. On CPU a sequence must be padded: torch's kernel rounds ragged ones anew."""
+        multiple = max(self.query_block, self.kv_block)
+        return -(-seq_len // multiple) * multiple
+
+    def block_mask(
+        self, seq_len: int, *, device: torch.device | str, causal: bool = True, sliding_window: int | None = None
+    ) -> BlockMask:
+        """The mask of ``seq_len`` queries over as many keys, one for all sequences and heads.
+
+        :param sliding_window: keys that a query sees, itself included.
+        """
+        tiles = -(-seq_len // self.query_block)
+        spans = [
+            visited_blocks(
+                Row(0, 0, tile * self.query_block, self.query_block, seq_len), self.kv_block, causal, sliding_window
+            )
+            for tile in range(tiles)
+        ]
+        blocks = -(-seq_len // self.kv_block)
+        column = torch.arange(blocks)
+        bounds = torch.tensor([(s.first, s.full, s.tail, min(s.end, blocks)) for s in spans])
+        first, full, tail, end = (bound[:, None] for bound in bounds.unbind(1))
+        full, tail = full.minimum(end), tail.minimum(end)
+        head = full - first
+        masked = torch.where(column < head, first + column, tail - head + column).clamp(max=blocks - 1)
+        whole = (full + column).clamp(max=blocks - 1)
+
+        def on_device(part: torch.Tensor, *shape: int) -> torch.Tensor:
+            return part.to(torch.int32).reshape(1, 1, tiles, *shape).contiguous().to(device)
+
+        return BlockMask.from_kv_blocks(
+            on_device(head + end - tail),
+            on_device(masked, blocks),
+            on_device(tail - full),
+            on_device(whole, blocks),
+            BLOCK_SIZE=(self.query_block, self.kv_block),
+            mask_mod=_mask(causal, sliding_window),
+            seq_lengths=(seq_len, seq_len),
+        )
+
+
+def training_kernel(
+    *,
+    head_size: int,
+    dtype: str,
+    kernel_block_size: int,
+    device_type: str,
+    config: AttentionConfig | None = None,
+) -> TrainingKernel:
+    """The kernel of a backend that was built with these facts and ``batch_invariant``.
+
+    :param kernel_block_size: as the plan has it for the layer (``flex_attn_kv_block_size`` goes before it).
+    :param config: the ``flex_attn_*`` settings that the backend was built with.
+    """
+    config = config or AttentionConfig()
+    device = DeviceFacts(platform=device_type, device_type=device_type)
+    kv_block = config.flex_attn_kv_block_size or kernel_block_size
+    query_block = invariant_query_block(config, on_cpu=device_type == "cpu")
+    options = invariant_options(
+        device, head_size, torch.tensor([], dtype=getattr(torch, dtype)).element_size(), kv_block, query_block, config
+    )
+    if device_type != "cpu":
+        small = min(query_block, kv_block, 32)
+        options |= {f"bwd_BLOCK_{name}": small for name in ("M1", "N1", "M2", "N2")}
+        options |= {"bwd_num_warps": 4, "bwd_num_stages": 1}
+        options = {name if name.startswith(("bwd_", "FORCE")) else f"fwd_{name}": v for name, v in options.items()}
+    return TrainingKernel(query_block, kv_block, options)
+
+
+def _mask(causal: bool, window: int | None) -> Callable[..., torch.Tensor]:
+    def mask(b: torch.Tensor, h: torch.Tensor, q: torch.Tensor, kv: torch.Tensor) -> torch.Tensor:
+        seen = q >= kv if causal else kv >= 0
+        if window is not None:
+            seen = seen & (q - kv < window)
+            if not causal:
+                seen = seen & (kv - q < window)
+        return seen
+
+    return mask
