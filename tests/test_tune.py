@@ -125,7 +125,7 @@ def test_a_prefill_entry_serves_where_its_way_to_read_holds():
     configs = Configs([entry(copies)])
     assert configs.prefill(HERE, 128, 128, 4, **STEP) == copies
     for shape, given in (
-        ((128, 128, 4), {"requests": 64}),
+        ((128, 128, 4), {"requests": STEP["queries"]}),
         ((128, 64, 4), {}),
         ((128, 128, 4), {"causal": False}),
         ((128, 128, 4), {"invariant": True}),
