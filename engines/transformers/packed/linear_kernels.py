@@ -16,9 +16,7 @@ MAX_WEIGHTS = 4
 
 
 @triton.jit
-def _tile(
-    w0, w1, w2, w3, y0, y1, y2, y3, n0, n1, n2, n3, ROWS: tl.constexpr
-):
+def _tile(w0, w1, w2, w3, y0, y1, y2, y3, n0, n1, n2, n3, ROWS: tl.constexpr):
     """The matrix of this program, its output, its number of rows, and which rows are the program's."""
     program = tl.program_id(0)
     first1 = tl.cdiv(n0, ROWS)

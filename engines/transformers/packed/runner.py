@@ -81,6 +81,11 @@ class PackedRunner:
             buckets = buckets_up_to(scheduler.max_num_seqs)
             self._graphs = DecodeGraphs(self._builder, inputs, self._decode, buckets)
 
+    def warm_up(self) -> None:
+        """Compile and capture now what steps of decodes replay later; no page is touched."""
+        if self._graphs is not None:
+            self._graphs.capture()
+
     def close(self) -> None:
         """Give the model its own attention and its layers back."""
         self._model.set_attn_implementation(self._stock_attention)
