@@ -13,9 +13,20 @@ from .runner import PackedRunner
 
 
 def open_packed(model: Any, ready: Ready, traits: Traits, execution: Execution) -> PackedRunner:
-    """The runner that ``execution`` asks for."""
+    """The runner that ``execution`` asks for, with its graphs captured."""
     compiled = CompiledLayers() if execution.compile_layers else None
-    return PackedRunner(
-        model, ready, traits, execution.kernels, compiled,
-        limits=compiled.limits if compiled else nullcontext, cuda_graphs=execution.cuda_graphs,
-    )  # fmt: skip
+    runner = PackedRunner(
+        model,
+        ready,
+        traits,
+        execution.kernels,
+        compiled,
+        limits=compiled.limits if compiled else nullcontext,
+        cuda_graphs=execution.cuda_graphs,
+    )
+    try:
+        runner.warm_up()
+    except BaseException:
+        runner.close()
+        raise
+    return runner
