@@ -211,6 +211,16 @@ def plan(
 @click.option("--num-blocks", type=int, help="Blocks in the pool, instead of a memory budget.")
 @click.option("--max-num-seqs", type=int, help="Requests that run at the same time.")
 @click.option("--max-num-batched-tokens", type=int, help="Tokens of one step; longer prompts come in chunks.")
+@click.option(
+    "--packed-steps/--no-packed-steps",
+    default=None,
+    help="One forward per step, with mixer kernels; or the model's own.",
+)
+@click.option("--compile-layers/--no-compile-layers", default=None, help="Compile decoder layers of packed steps.")
+@click.option("--cuda-graphs/--no-cuda-graphs", default=None, help="Replay steps of decodes as CUDA graphs.")
+@click.option(
+    "--async-scheduling/--no-async-scheduling", default=None, help="Prepare the next step while the device works."
+)
 @click.option("--explain/--no-explain", default=True, show_default=True, help="Print the reason of every decision.")
 @_DECISIONS
 @_JSON
@@ -277,7 +287,17 @@ class _Benchmarks(click.Group):
             return None
 
         def measure(arguments: tuple[str, ...]) -> None:
-            sys.exit(found.load()(arguments))
+            try:
+                main = found.load()
+            except ModuleNotFoundError as error:
+                raise ConfigError(
+                    f"makeready bench {name} needs {error.name}, which is not installed "
+                    "(pip install 'makeready[engine,triton]')",
+                    option="bench",
+                    value=name,
+                    expected=error.name,
+                ) from error
+            sys.exit(main(arguments))
 
         return click.Command(
             name,

@@ -153,10 +153,10 @@ class SchedulerConfig:
 class ExecutionConfig:
     """How the embedded engine runs a model's forward. None lets the engine choose and say why."""
 
-    state_mixers: str = setting(
-        "auto",
-        "what computes state layers: auto, model (the model's own code, one forward per prefill chunk), or kernels by "
-        "name (reference, triton), with all requests of a step packed into one forward",
+    packed_steps: bool | None = setting(
+        None,
+        "one forward per step for all requests, with mixer kernels for state layers; off: one for the decodes and one "
+        "per prefill chunk, with the model's own mixers",
     )
     compile_layers: bool | None = setting(None, "compile decoder layers; packed steps only")
     cuda_graphs: bool | None = setting(None, "replay steps of decodes as CUDA graphs; packed steps only")
@@ -235,8 +235,7 @@ class EngineConfig:
             ("seed", self.model.seed),
         ):
             _require_whole(option, value, 0)
-        _require_text("state_mixers", self.execution.state_mixers)
-        for option in ("compile_layers", "cuda_graphs", "async_scheduling"):
+        for option in ("packed_steps", "compile_layers", "cuda_graphs", "async_scheduling"):
             _require_switch(option, getattr(self.execution, option))
         share = cache.memory_fraction
         if isinstance(share, bool) or not isinstance(share, (int, float)) or not 0 < share <= 1:
@@ -268,11 +267,6 @@ def _require_whole(option: str, value: int, least: int) -> None:
     if isinstance(value, bool) or not isinstance(value, int) or value < least:
         words = "a whole number above zero" if least else "a whole number from 0"
         raise ConfigError(f"{option} {value!r} must be {words}", option=option, value=value, expected=words)
-
-
-def _require_text(option: str, value: object) -> None:
-    if not isinstance(value, str) or not value:
-        raise ConfigError(f"{option} {value!r} is no name", option=option, value=value, expected="a name, or auto")
 
 
 def _require_switch(option: str, value: object) -> None:

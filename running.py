@@ -56,6 +56,8 @@ def run(launch: Launch, options: Mapping[str, Any]) -> dict[str, Any]:
     with _loading(console) as on_progress:
         engine = open_engine(ready, on_progress)
     loaded = time.perf_counter()
+    if launch.explain:
+        console.print("how steps run:", *(f"  - {reason}" for reason in engine.execution.reasons), sep="\n")
     if any(attention.name == "flex" for attention in ready.attention.values()):
         console.print("flex compiles its kernels before the first tokens; later runs find them in torch's cache")
     try:
@@ -70,6 +72,7 @@ def run(launch: Launch, options: Mapping[str, Any]) -> dict[str, Any]:
     )
     return {
         "plan": facts,
+        "execution": list(engine.execution.reasons),
         "completions": [_completion(prompt, done) for prompt, done in zip(launch.prompts, completions, strict=True)],
         "seconds": {
             "prepare": round(prepared - launch.started, 3),

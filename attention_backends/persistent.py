@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 
 from ..cache.block_table import BlockTable
-from ..cache.staging import stage
+from ..cache.staging import on_host, stage
 from ..cache.write import PADDING_SLOT
 from ..errors import ConfigError, IntegrityError
 from .metadata import StepMetadata
@@ -112,7 +112,7 @@ class StepBuffers:
 
     def _copy(self, persistent: torch.Tensor, values: Sequence[int]) -> None:
         if values:
-            copy_to_persistent(persistent, stage(values, persistent.dtype, self._device))
+            copy_to_persistent(persistent, on_host(values, persistent.dtype, self._device))
 
     def _copy_new_blocks(self, tables: Sequence[BlockTable]) -> None:
         """Scatter the ids that the rows lack: a table only grows, and a request that starts over has a new one."""

@@ -2,7 +2,7 @@
 
 Decode is given as the bandwidth of the K and V that must be read once, prefill and mixed steps as TFLOP/s. Every time
 is the median of graph replays (on CUDA), and the output of the timed call is compared with float32 attention. `ratio`
-is the peer's time over ours: 1 is as fast as the peer.
+is the peer's time over ours, both replayed in turns so that they meet the same clocks: 1 is as fast as the peer.
 
     makeready bench attention --backend flash --backend flex
     makeready bench attention --backend flash --provider triton --peer fa3=/peers --out attention.json
@@ -38,6 +38,7 @@ from makeready.benchmarks.harness import (
     parser,
     run_main,
     time_device,
+    time_together,
 )
 from makeready.config import AttentionConfig
 from makeready.device import DeviceFacts
@@ -94,12 +95,13 @@ def _run_case(
     captured = case.kind == "decode" and device.type == "cuda"
     tensors = build(case, device, dtype, captured=captured)
     reference = expected(tensors)
-    times: dict[str, float] = {}
+    rivals: dict[str, Callable[[], torch.Tensor]] = {}
     for name, folder in peers.items():
         row: dict[str, Any] = {"case": case.name, "who": name}
         try:
             run = _fa3(folder, tensors)
-            times[name] = _time(run, tensors, reference, asked, report, row, {})
+            _time(run, tensors, reference, asked, report, row, {})
+            rivals[name] = run
         except Exception as error:
             report.fail(error, **row)
     modes = (False, True) if asked.batch_invariant else (False,)
@@ -108,7 +110,7 @@ def _run_case(
             who = name + (f" ({asked.provider})" if asked.provider and name == "flash" else "")
             row = {"case": case.name, "who": who + (", batch invariant" if invariant else "")}
             try:
-                _time_backend(name, invariant, tensors, reference, facts, asked, report, row, times)
+                _time_backend(name, invariant, tensors, reference, facts, asked, report, row, rivals)
             except Exception as error:  # one backend that cannot serve a case does not end the run
                 report.fail(error, **row)
     del tensors, reference
@@ -125,7 +127,7 @@ def _time_backend(
     asked: argparse.Namespace,
     report: Report,
     row: dict[str, Any],
-    peers: dict[str, float],
+    rivals: dict[str, Callable[[], torch.Tensor]],
 ) -> None:
     impl = _impl(name, invariant, tensors, facts, asked.provider)
     start = time.perf_counter()
@@ -140,7 +142,7 @@ def _time_backend(
     graph = tensors.step.captured and impl.capturable
     timing = time_device(prepare, device=facts.device_type, repeats=asked.repeats, graph=graph)
     row["prepare_us"] = timing.median_us
-    _time(forward, tensors, reference, asked, report, row, peers)
+    _time(forward, tensors, reference, asked, report, row, rivals)
 
 
 def _time(
@@ -150,20 +152,21 @@ def _time(
     asked: argparse.Namespace,
     report: Report,
     row: dict[str, Any],
-    peers: dict[str, float],
+    rivals: dict[str, Callable[[], torch.Tensor]],
 ) -> float:
-    """Time ``run`` and add its row; the median in microseconds."""
+    """Time ``run``, in turns with the rivals, and add its row; the median in microseconds."""
     case = tensors.case
     found = difference(run(), reference)
-    timing: Timing = time_device(run, device=tensors.query.device.type, repeats=asked.repeats)
+    timings = time_together({"": run, **rivals}, device=tensors.query.device.type, repeats=asked.repeats)
+    timing: Timing = timings.pop("")
     us = timing.median_us
     row["us"] = us
     if case.kind == "decode":
         row["TB_s"] = case.kv_bytes * tensors.query.element_size() / 2 / us / 1e6
     else:
         row["TFLOP_s"] = case.flops / us / 1e6
-    for peer, peer_us in peers.items():
-        row[f"ratio_{peer}"] = peer_us / us
+    for rival, against in timings.items():
+        row[f"ratio_{rival}"] = against.median_us / us
     row |= {"rms_error": found["rms_error"], "how": timing.how}
     if not found["rms_error"] <= TOLERANCE[asked.dtype]:
         row["error"] = f"wrong: rms error {found['rms_error']:.2e} against float32, over {TOLERANCE[asked.dtype]:.0e}"

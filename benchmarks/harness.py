@@ -169,6 +169,45 @@ def time_device(
     return Timing.of([1e3 * start.elapsed_time(end) / calls for start, end in events], how)
 
 
+def time_together(
+    runs: Mapping[str, Callable[[], object]],
+    *,
+    device: str = "cuda",
+    repeats: int = 50,
+    warmup: int = 3,
+) -> dict[str, Timing]:
+    """As :func:`time_device` of each, in turns: one replay of every run, then the next of every run.
+
+    A device that is at its power limit slows down as a run goes on (an H200 by 5 to 10 % within a second of prefill),
+    so that of two figures taken one after the other the second is the worse one. In turns both meet the same clocks.
+    """
+    import torch
+
+    if device == "cpu":
+        return {name: time_wall(run, repeats=repeats, warmup=warmup) for name, run in runs.items()}
+    accelerator: Any = getattr(torch, device)
+    for run in runs.values():
+        for _ in range(warmup):
+            run()
+    accelerator.synchronize()
+    captured = device == "cuda"
+    replays = {name: _captured(run, 1) if captured else _repeated(run, 1) for name, run in runs.items()}
+    spans: dict[str, list[tuple[Any, Any]]] = {name: [] for name in runs}
+    for turn in range(repeats + 1):
+        for name, replay in replays.items():
+            start, end = accelerator.Event(enable_timing=True), accelerator.Event(enable_timing=True)
+            start.record()
+            replay()
+            end.record()
+            if turn:  # the first replay of a graph uploads it
+                spans[name].append((start, end))
+    accelerator.synchronize()
+    how = "graph replay, in turns" if captured else "events, in turns"
+    return {
+        name: Timing.of([1e3 * start.elapsed_time(end) for start, end in found], how) for name, found in spans.items()
+    }
+
+
 def time_wall(run: Callable[[], object], *, repeats: int = 50, warmup: int = 3, calls: int = 1) -> Timing:
     """Microseconds of one call by the host's clock, for work that ends when the call returns."""
     for _ in range(warmup):
@@ -206,6 +245,8 @@ class Report:
         self.name = name
         self.environment = environment(device)
         self.rows: list[dict[str, Any]] = []
+        self.conclusion: dict[str, Any] = {}
+        """What follows from the rows, JSON-ready; written beside them."""
         self._as_json: bool = asked.json
         self._out: Path | None = asked.out
         if not self._as_json:
@@ -224,14 +265,18 @@ class Report:
 
     def to_dict(self) -> dict[str, Any]:
         """Everything so far, JSON-ready; numbers that are not finite become strings."""
-        return {"benchmark": self.name, "environment": self.environment, "rows": [_plain(row) for row in self.rows]}
+        found = {"benchmark": self.name, "environment": self.environment, "rows": [_plain(row) for row in self.rows]}
+        return {**found, **self.conclusion} if self.conclusion else found
 
-    def finish(self) -> int:
-        """Print the whole; the exit code: 1 if any row failed."""
+    def finish(self, *, table: bool = True) -> int:
+        """Print the whole; the exit code: 1 if any row failed.
+
+        :param table: false leaves out the table of the rows.
+        """
         self._write()
         if self._as_json:
             print(json.dumps(self.to_dict(), indent=2, allow_nan=False))
-        else:
+        elif table:
             print_table(self.name, self.rows)
         return int(any("error" in row for row in self.rows))
 

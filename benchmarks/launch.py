@@ -86,10 +86,10 @@ def open_engine(model: Any, asked: argparse.Namespace, cases: Sequence[tuple[int
         "max_model_len": longest,
         "memory_fraction": asked.memory_fraction,
     }
-    for name in ("backend", "state_mixers", "mamba_ssm_cache_dtype", "memory_bytes", "platform"):
+    for name in ("backend", "mixer_backend", "mamba_ssm_cache_dtype", "memory_bytes", "platform"):
         if getattr(asked, name) is not None:
             options[name] = getattr(asked, name)
-    for name in ("compile_layers", "cuda_graphs", "async_scheduling"):
+    for name in ("packed_steps", "compile_layers", "cuda_graphs", "async_scheduling"):
         if getattr(asked, name) is not None:
             options[name] = getattr(asked, name) == "on"
     return TransformersEngine(model, None, prepare({**SHAPES[asked.shape]}, **options))
@@ -173,9 +173,9 @@ def _options() -> argparse.ArgumentParser:
     options.add_argument("--memory-bytes", type=int)
     options.add_argument("--platform")
     options.add_argument("--backend")
-    options.add_argument("--state-mixers")
+    options.add_argument("--mixer-backend")
     options.add_argument("--mamba-ssm-cache-dtype")
-    for name in ("compile-layers", "cuda-graphs", "async-scheduling"):
+    for name in ("packed-steps", "compile-layers", "cuda-graphs", "async-scheduling"):
         options.add_argument(f"--{name}", choices=("on", "off"))
     return options
 

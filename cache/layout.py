@@ -59,7 +59,7 @@ class Layout(Protocol):
 
     @property
     def block_size(self) -> int:
-        """Tokens of one block of every attention group."""
+        """Tokens of one block of attention, where a group says no other."""
 
     @property
     def groups(self) -> tuple[LayerGroup, ...]:

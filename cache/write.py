@@ -23,7 +23,7 @@ def write_kv(
     value_cache: torch.Tensor,
     slot_mapping: torch.Tensor,
     *,
-    scales: tuple[torch.Tensor, torch.Tensor] | None = None,
+    scales: tuple[float, float] | None = None,
     rotary: tuple[torch.Tensor, torch.Tensor] | None = None,
 ) -> None:
     """Write T tokens into strided views of any layout, cast to the cache's dtype and clamped to its range.
@@ -37,7 +37,7 @@ def write_kv(
     :param key_cache: strided view (num_blocks, block_size, Hk, D).
     :param value_cache: strided view (num_blocks, block_size, Hk, Dv).
     :param slot_mapping: (T,) int64; every slot but -1 at most once.
-    :param scales: of K and V, one float32 number each, on the device: what is stored is the number divided by it.
+    :param scales: of K and V: what is stored is the number divided by its scale.
     :param rotary: cosine and sine, (T, R / 2) each: the first R numbers of every head of K turn, halves paired.
     :raises ConfigError: for shapes or dtypes that do not fit each other.
     :raises IntegrityError: for a slot outside the cache, on the CPU; elsewhere the device reports it.
@@ -71,7 +71,7 @@ def rotate(rows: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Te
     """
     half = cos.shape[-1]
     cos, sin = cos.float()[:, None], sin.float()[:, None]
-    first, second, rest = rows.float().split([half, half, rows.shape[-1] - 2 * half], dim=-1)
+    first, second, rest = rows.float().tensor_split((half, 2 * half), dim=-1)
     return torch.cat([first * cos - second * sin, second * cos + first * sin, rest], dim=-1).to(rows.dtype)
 
 

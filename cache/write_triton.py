@@ -11,12 +11,15 @@ import triton
 import triton.language as tl
 
 ELEMENTS = 8192
-"""Elements of K (and of V) that one program moves: 16 bytes a thread, several of them in flight. Measured: LOG.md."""
+"""Elements of K (and of V) that one program moves. H200, 8192 tokens x 8 heads x 128, bf16: 0.92 of a copy's bandwidth
+with 1024, 0.95 with 2048 to 8192, 0.96 with 16384 (benchmarks/LOG.md)."""
+FULL_GRID = 256
+"""Programs below which a program takes fewer tokens."""
 
 
 @triton.jit
-def _store_rows(  # noqa: ANN202
-    rows_ptr, cache_ptr, scale_ptr, cos_ptr, sin_ptr, token, slot, head, r_t, r_h, c_b, c_t, c_h, cs_t, limit,
+def _store_rows(
+    rows_ptr, cache_ptr, scale, cos_ptr, sin_ptr, token, slot, head, r_t, r_h, c_b, c_t, c_h, cs_t, limit,
     BLOCK_SIZE: tl.constexpr, HEADS: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, ROTARY: tl.constexpr,
     LIMIT: tl.constexpr, SCALED: tl.constexpr,
 ):  # fmt: skip
@@ -36,7 +39,7 @@ def _store_rows(  # noqa: ANN202
         sign = tl.where(d < half, -1.0, 1.0)[None, None, :]
         x = (x.to(tl.float32) * cos + sign * y * sin).to(x.dtype)
     if SCALED:
-        x = x.to(tl.float32) / tl.load(scale_ptr)
+        x = x.to(tl.float32) / scale
     if LIMIT:
         x = tl.minimum(tl.maximum(x.to(tl.float32), -limit), limit)
     block = (slot // BLOCK_SIZE)[:, None, None]
@@ -44,9 +47,9 @@ def _store_rows(  # noqa: ANN202
     tl.store(cache_ptr + to, x.to(cache_ptr.dtype.element_ty), mask=ok)
 
 
-@triton.jit
-def write_kernel(  # noqa: ANN201
-    key_ptr, value_ptr, key_cache_ptr, value_cache_ptr, slot_ptr, k_scale_ptr, v_scale_ptr, cos_ptr, sin_ptr,
+@triton.jit(do_not_specialize=["num_tokens"])
+def write_kernel(
+    key_ptr, value_ptr, key_cache_ptr, value_cache_ptr, slot_ptr, k_scale, v_scale, cos_ptr, sin_ptr,
     num_tokens, k_t, k_h, v_t, v_h, kc_b, kc_t, kc_h, vc_b, vc_t, vc_h, cs_t, limit,
     BLOCK_SIZE: tl.constexpr, HEADS: tl.constexpr, HEADS_P: tl.constexpr, D: tl.constexpr, DP: tl.constexpr,
     DV: tl.constexpr, DVP: tl.constexpr, ROWS: tl.constexpr, ROTARY: tl.constexpr,
@@ -56,9 +59,9 @@ def write_kernel(  # noqa: ANN201
     token = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     head = tl.program_id(1) * HEADS_P + tl.arange(0, HEADS_P)
     slot = tl.load(slot_ptr + token, mask=token < num_tokens, other=-1).to(tl.int64)
-    _store_rows(key_ptr, key_cache_ptr, k_scale_ptr, cos_ptr, sin_ptr, token, slot, head, k_t, k_h, kc_b, kc_t, kc_h,
+    _store_rows(key_ptr, key_cache_ptr, k_scale, cos_ptr, sin_ptr, token, slot, head, k_t, k_h, kc_b, kc_t, kc_h,
                 cs_t, limit, BLOCK_SIZE, HEADS, D, DP, ROTARY, LIMIT, SCALED)  # fmt: skip
-    _store_rows(value_ptr, value_cache_ptr, v_scale_ptr, cos_ptr, sin_ptr, token, slot, head, v_t, v_h, vc_b, vc_t,
+    _store_rows(value_ptr, value_cache_ptr, v_scale, cos_ptr, sin_ptr, token, slot, head, v_t, v_h, vc_b, vc_t,
                 vc_h, cs_t, limit, BLOCK_SIZE, HEADS, DV, DVP, 0, LIMIT, SCALED)  # fmt: skip
 
 
@@ -69,11 +72,14 @@ def write_rows(
     value_cache: torch.Tensor,
     slot_mapping: torch.Tensor,
     *,
-    scales: tuple[torch.Tensor, torch.Tensor] | None = None,
+    scales: tuple[float, float] | None = None,
     rotary: tuple[torch.Tensor, torch.Tensor] | None = None,
     elements: int = ELEMENTS,
 ) -> None:
-    """What :func:`~makeready.cache.write.write_kv` says; shapes are checked there. Never waits for the device."""
+    """What :func:`~makeready.cache.write.write_kv` says; shapes are checked there. Never waits for the device.
+
+    :param elements: of K, and of V, that one program moves at most.
+    """
     num_tokens, heads, width = key.shape
     if num_tokens == 0:
         return
@@ -81,9 +87,9 @@ def write_rows(
     key, value = (rows if rows.stride(-1) == 1 else rows.contiguous() for rows in (key, value))
     padded, padded_v = triton.next_power_of_2(width), triton.next_power_of_2(width_v)
     heads_padded = min(triton.next_power_of_2(heads), max(1, elements // padded))
-    rows_of_program = max(1, min(elements // (padded * heads_padded), triton.next_power_of_2(num_tokens) // 256))
+    rows_of_program = max(1, min(elements // (padded * heads_padded), triton.next_power_of_2(num_tokens) // FULL_GRID))
     cos, sin = rotary if rotary is not None else (None, None)
-    k_scale, v_scale = scales if scales is not None else (None, None)
+    k_scale, v_scale = map(float, scales if scales is not None else (1.0, 1.0))
     limit = torch.finfo(key_cache.dtype).max if key_cache.dtype.is_floating_point else 0.0
     narrow = key_cache.dtype.is_floating_point and limit < torch.finfo(key.dtype).max
     write_kernel[(triton.cdiv(num_tokens, rows_of_program), triton.cdiv(heads, heads_padded))](

@@ -32,7 +32,10 @@ def state_spec(
     if rank.engine == "transformers":
         recurrent = model_dtype if family.native_state_dtype else "float32"
         _require_native("mamba_cache_dtype", mamba_cache_dtype, model_dtype)
-        _require_native("mamba_ssm_cache_dtype", mamba_ssm_cache_dtype, recurrent)
+        if family.native_state_dtype:
+            _require_native("mamba_ssm_cache_dtype", mamba_ssm_cache_dtype, recurrent)
+        elif mamba_ssm_cache_dtype != "auto":
+            recurrent = mamba_ssm_cache_dtype  # mixer kernels store what they are told; the model's own code refuses
         _require_no_speculation(rank)
     else:
         recurrent = _recurrent_dtype(fields, family, mamba_ssm_cache_dtype, conv)

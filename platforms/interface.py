@@ -45,6 +45,8 @@ class Platform:
     """What every block size on this platform must satisfy."""
     state_constraints: tuple[StateConstraint, ...] = ()
     """What models with certain states must satisfy on top."""
+    covers_skipped_layers: bool = True
+    """Whether engine vLLM makes blocks longer for layers that keep the model's dtype; on a CPU it does not."""
     min_compute_capability: tuple[int, int] | None = None
     """Oldest CUDA compute capability that is served; ``None`` for all."""
 
@@ -70,6 +72,7 @@ class Platform:
             platform=self.name,
             default_block_size=self.default_block_size,
             declared=self.declared_constraints(request),
+            covers_skipped_layers=self.covers_skipped_layers,
         )
 
     def refusal(self, device: DeviceFacts) -> str | None:

@@ -41,9 +41,19 @@ def phase3_applies(request: BlockSizeRequest) -> bool:
     return request.quantised_dtype is not None and request.page_strategy == "unified"
 
 
-def has_packed_latents(request: BlockSizeRequest) -> bool:
-    """Whether pages differ from what blocks were sized for although all layers are alike."""
-    return phase3_applies(request) and request.quantised_dtype in LATENT_BLOBS and bool(request.states)
+def pages_differ(request: BlockSizeRequest, backends: Iterable[Capabilities], block_size: int) -> bool:
+    """Whether layers get other pages than blocks were sized for although no block grows for them.
+
+    Skipped layers do where blocks do not grow, packed latents are wider or narrower than that, and windows do not split
+    a block that is no kernel block.
+    """
+    if not phase3_applies(request):
+        return False
+    if bytes_per_token(_skipped(request)) not in (0, bytes_per_token(quantised(request))):
+        return True
+    windows = any(spec.sliding_window is not None for spec in request.attention)
+    split = any(_longest_kernel_block(backend, block_size) != block_size for backend in backends)
+    return bool(request.states) and (request.quantised_dtype in LATENT_BLOBS or (windows and split))
 
 
 def quantised(request: BlockSizeRequest) -> tuple[AttentionSpec, ...]:
@@ -80,16 +90,16 @@ def covering_rule(request: BlockSizeRequest, backends: Iterable[Capabilities]) -
 
 
 def mixed_blocks(
-    request: BlockSizeRequest, backends: Iterable[Capabilities], block_size: int, state_bytes: int
+    request: BlockSizeRequest, backends: Iterable[Capabilities], block_size: int, *, covered: bool
 ) -> MixedBlocks:
     """Blocks and the page once ``block_size`` is decided.
 
-    :param state_bytes: of the largest state; 0 without states.
+    :param covered: whether the block has grown to cover skipped layers; windows are padded to its page then.
     :raises CapacityError: where vLLM cannot bring the pages to one size.
     """
-    pages, blocks = _own_pages(request, tuple(backends), block_size)
+    pages, blocks = _own_pages(request, tuple(backends), block_size, covered)
     windows = [spec for spec in request.attention if spec.sliding_window is not None]
-    if not windows and not state_bytes:
+    if not windows and not request.states:
         each = ", ".join(f"{spec.dtype} {pages[spec]} bytes" for spec in pages)
         return MixedBlocks(
             block_sizes=MappingProxyType(blocks),
@@ -99,11 +109,11 @@ def mixed_blocks(
                 f"phase 3: one group of blocks of {block_size} tokens, in which every layer keeps its page: {each}.",
             ),
         )
-    page = max(*pages.values(), block_size * bytes_per_token(quantised(request)) if state_bytes else 0)
+    page = max(*pages.values(), block_size * bytes_per_token(quantised(request)) if request.states else 0)
     said: list[str] = []
     for spec, own in pages.items():
         how = ""
-        if own < page and page % own == 0 and spec.sliding_window is None:
+        if own < page and page % own == 0 and (spec.sliding_window is None or not covered):
             blocks[spec] *= page // own
             how = f", {page // own} times as long"
         elif own < page and (spec.mla or page % own == 0):
@@ -124,11 +134,11 @@ def _skipped(request: BlockSizeRequest) -> list[AttentionSpec]:
 
 
 def _own_pages(
-    request: BlockSizeRequest, backends: tuple[Capabilities, ...], block_size: int
+    request: BlockSizeRequest, backends: tuple[Capabilities, ...], block_size: int, covered: bool
 ) -> tuple[dict[AttentionSpec, int], dict[AttentionSpec, int]]:
     """Bytes of each kind's page before all become one, and tokens of its block.
 
-    A window takes the longest kernel block that fits the quantised page, and is padded to it.
+    A window takes the longest kernel block that fits the quantised page and, where that was grown, is padded to it.
     """
     shared = block_size * bytes_per_token(quantised(request))
     pages, blocks = {}, {}
@@ -136,8 +146,9 @@ def _own_pages(
         if spec.sliding_window is None:
             blocks[spec], pages[spec] = block_size, spec.page_size_bytes(block_size)
         else:
-            blocks[spec] = min(_longest_kernel_block(one, shared // spec.bytes_per_token) for one in backends)
-            pages[spec] = shared
+            most = shared // spec.bytes_per_token if covered else block_size
+            blocks[spec] = min(_longest_kernel_block(one, most) for one in backends)
+            pages[spec] = shared if covered else spec.page_size_bytes(blocks[spec])
     return pages, blocks
 
 

@@ -5,7 +5,7 @@ Pure functions of frozen records; :class:`~makeready.platforms.interface.Platfor
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from types import MappingProxyType
 
 from ..attention_backends.interface import Capabilities
@@ -33,15 +33,21 @@ from ..hybrid.page_alignment import (
 from .decision import BlockSizeDecision, BlockSizeRequest
 from .kept_states import MAMBA_BLOCK_SIZE, check_mamba_block_size, kept_every, require_kept_states
 from .kernel_blocks import kernel_block_size, kernel_constraints, preferred_block_size
-from .mixed_blocks import covering_rule, has_packed_latents, mixed_blocks, phase3_applies, quantised
+from .mixed_blocks import MixedBlocks, covering_rule, mixed_blocks, pages_differ, phase3_applies, quantised
 
 
 def decide(
-    request: BlockSizeRequest, *, platform: str, default_block_size: int, declared: Sequence[Constraint] = ()
+    request: BlockSizeRequest,
+    *,
+    platform: str,
+    default_block_size: int,
+    declared: Sequence[Constraint] = (),
+    covers_skipped_layers: bool = True,
 ) -> BlockSizeDecision:
     """Phase 1, then phase 2, then phase 3 where layers of several KV dtypes get blocks of their own length.
 
     :param declared: constraints that the platform adds for the kinds of states in the request.
+    :param covers_skipped_layers: whether blocks grow for layers that keep the model's dtype.
     :raises BlockSizeError: naming the owners that clash, or the user's size and the nearest that work.
     :raises ConfigError: for a ``mamba_block_size`` where no states are kept.
     """
@@ -49,21 +55,24 @@ def decide(
     backends = _distinct(request.backends)
     reasons: list[str] = []
     kernels = checked([*kernel_constraints(backends), *declared, *request.extra_constraints])
-    covering = covering_rule(request, backends) if phase3_applies(request) else None
+    covering = covering_rule(request, backends) if phase3_applies(request) and covers_skipped_layers else None
     hard = checked([*kernels, *_phase2_constraints(request)])
     check_mamba_block_size(request, hard)
     if request.block_size is not None:
         check(request.block_size, [*hard, *([covering] if covering else [])])
     phase1 = _phase1(request, backends, kernels, platform, default_block_size, reasons)
     block_size = checkpoint = _phase2(request, phase1, hard, reasons)
-    block_sizes, own_pages = MappingProxyType[AttentionSpec, int]({}), False
+    block_sizes: Mapping[AttentionSpec, int] = MappingProxyType({})
+    own_pages = False
     if _subdivides(request):
         pages = separate_pages(request.attention, request.states, block_size)
-    elif covering is not None or has_packed_latents(request):
+    elif covering is not None or pages_differ(request, backends, block_size):
         if covering is not None:
             block_size = _phase3(block_size, hard, covering, reasons)
             hard = checked([*hard, covering])
-        pages, block_sizes, own_pages = _mixed_pages(request, backends, block_size, reasons)
+        mixed = mixed_blocks(request, backends, block_size, covered=covering is not None)
+        reasons += mixed.reasons
+        pages, block_sizes, own_pages = _mixed_pages(request, mixed, reasons), mixed.block_sizes, mixed.own_pages
     else:
         pages = unified_pages(request.attention, request.states, block_size)
         _explain_pages(request, pages, block_size, reasons)
@@ -172,14 +181,10 @@ def _phase3(size: int, hard: tuple[Constraint, ...], covering: AtLeastPage, reas
     return grown
 
 
-def _mixed_pages(
-    request: BlockSizeRequest, backends: Sequence[Capabilities], block_size: int, reasons: list[str]
-) -> tuple[Pages, MappingProxyType[AttentionSpec, int], bool]:
-    """One page for layers of several KV dtypes and for states, and each kind's block."""
+def _mixed_pages(request: BlockSizeRequest, mixed: MixedBlocks, reasons: list[str]) -> Pages:
+    """One page for layers of several KV dtypes and for states."""
     state = largest_state(request.states)
     raw = state.state_bytes if state is not None else 0
-    mixed = mixed_blocks(request, backends, block_size, raw)
-    reasons += mixed.reasons
     pages = Pages(
         attention_bytes_per_token=bytes_per_token(request.attention),
         attention_page_bytes=mixed.page_bytes,
@@ -189,7 +194,7 @@ def _mixed_pages(
         mamba_page_size_padded=mixed.page_bytes if raw and raw != mixed.page_bytes else None,
     )
     _explain_padding(request, pages, reasons)
-    return pages, MappingProxyType(dict(mixed.block_sizes)), mixed.own_pages
+    return pages
 
 
 def _explain_padding(request: BlockSizeRequest, pages: Pages, reasons: list[str]) -> None:

@@ -237,16 +237,16 @@ def _asked_max_model_len(model: ModelSpec, config: EngineConfig) -> int:
 
 
 def _quantised_dtype(model: ModelSpec) -> str | None:
-    """What vLLM sizes blocks for, where skipped layers or packed latents have other pages than that.
+    """What vLLM sizes blocks for, where skipped layers, packed latents or windows may have other pages than that.
 
     The embedded engine pads pages instead, and so does a plan for layers that no setting of vLLM's gives.
     """
     stored = {spec.dtype for spec in _attention(model.layers)}
     differ = stored - {model.kv_cache_dtype}
     heads = {(x.num_kv_heads, x.head_size, x.head_size_v, x.mla) for x in _attention(model.layers)}
-    if model.engine != "vllm" or len(heads) != 1 or not (differ == {model.dtype} or stored & LATENT_BLOBS.keys()):
-        return None
-    return model.kv_cache_dtype
+    windows = any(spec.sliding_window is not None for spec in _attention(model.layers))
+    known = differ == {model.dtype} or (not differ and (windows or stored & LATENT_BLOBS.keys()))
+    return model.kv_cache_dtype if known and len(heads) == 1 and model.engine == "vllm" else None
 
 
 def _state_tokens(model: ModelSpec) -> int:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 
 from makeready.attention_backends.reference.impl import ReferenceAttention
+from makeready.engines.transformers.packed.decode_inputs import DecodeInputs
+from makeready.engines.transformers.packed.graphs import DecodeGraphs
 from makeready.hybrid.mixers.reference.kernels import ReferenceMixers
 
 
@@ -69,6 +71,7 @@ class DenseMixers(ReferenceMixers):
         q, k = (side.float() for side in (q, k))
         if l2norm:
             q, k = (side * torch.rsqrt((side * side).sum(-1, keepdim=True) + 1e-6) for side in (q, k))
+        q, k = (side.repeat_interleave(v.shape[1] // side.shape[1], dim=1) for side in (q, k))
         states = _read(state, batch) * g.float().exp()[..., None, None]
         known = (states * k[..., None]).sum(-2)
         states = states + k[..., None] * ((v.float() - known) * beta.float()[..., None])[..., None, :]
@@ -89,3 +92,34 @@ def _write(state, batch, states):
 
 def _padded(out, batch):
     return out.masked_fill((batch.slots < 0).view(-1, *[1] * (out.dim() - 1)), 0.0)
+
+
+class UncapturedSteps(DecodeGraphs):
+    """Does what a graph would replay, without a graph: the same persistent tensors, padding and captured metadata."""
+
+    def __init__(self, builder, inputs, forward, buckets):
+        self._builder, self._inputs, self._forward, self._buckets = builder, inputs, forward, tuple(buckets)
+        self.replayed: list[tuple[int, int]] = []
+
+    def dummy(self, size):
+        """What a capture runs: rows that are nobody's."""
+        metadata = self._builder.captured_metadata(size)
+        self._inputs.fill((), (), size)
+        return self._run(size, self._builder.captured(size, metadata, self._inputs.states(size)))
+
+    def replay(self, rows, seats):
+        size = self.bucket(len(rows))
+        metadata = self._builder.captured_metadata(size)
+        self._builder.fill(rows, size)
+        self._inputs.fill(rows, seats, size)
+        logits, tokens = self._run(size, self._builder.captured(size, metadata, self._inputs.states(size)))
+        self.replayed.append((len(rows), size))
+        return logits[: len(rows)], tokens[: len(rows)]
+
+
+def use_uncaptured_steps(engine, buckets) -> UncapturedSteps:
+    """Let the engine run its decodes as captured steps are run, on any device."""
+    runner = engine._driver._runner
+    inputs = DecodeInputs(runner._seats, runner._builder.state_groups, max(buckets), runner._device)
+    runner._graphs = UncapturedSteps(runner._builder, inputs, runner._decode, buckets)
+    return runner._graphs

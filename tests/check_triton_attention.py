@@ -7,7 +7,6 @@ from dataclasses import replace
 
 import pytest
 import torch
-from paged_cases import make_case, step_of
 
 from makeready.attention_backends.flash.triton_kernels import configs
 from makeready.attention_backends.flash.triton_kernels.impl import TritonImpl
@@ -23,6 +22,7 @@ from makeready.attention_backends.reference.impl import ReferenceAttention
 from makeready.cache.specs import AttentionSpec
 from makeready.config import LAYOUTS, AttentionConfig
 from makeready.device import DeviceFacts
+from paged_cases import make_case, step_of
 
 CUDA = DeviceFacts(platform="cuda", device_type="cuda", compute_capability=(9, 0), compute_units=3)
 UNITS = 3
@@ -134,13 +134,6 @@ def test_prefill_from_other_sources(feature, source):
     close(case, run_prefill(case, call, source=source), call)
 
 
-@pytest.mark.parametrize("feature", FEATURES)
-def test_prefill_with_warps_specialised(feature):
-    case = make_case([70, 131], [70, 40], heads=(4, 2), head_size=32, block_size=64, clear=False)
-    call = call_of(case, **FEATURES[feature](4))
-    close(case, run_prefill(case, call, source="gathered", specialised=True), call)
-
-
 @pytest.mark.parametrize("window", [None, 21])
 def test_prefill_that_sees_ahead(window):
     case = make_case([70, 33], [70, 33], heads=(4, 2), head_size=16, clear=False)
@@ -161,8 +154,7 @@ def test_log_sum_exp(sinks):
         if sinks:
             scores = torch.cat([scores, call.sinks[None, :, None].expand(q_len, 4, 1)], dim=-1)
         expected.append(scores.logsumexp(-1))
-    specialised = {"source": "gathered", "specialised": True}
-    for run, options in ((run_decode, {"queries": 4}), (run_prefill, {}), (run_prefill, specialised)):
+    for run, options in ((run_decode, {"queries": 4}), (run_prefill, {}), (run_prefill, {"source": "gathered"})):
         lse = torch.full((5, 4), float("nan"))
         run(case, call, lse=lse, **options)
         assert torch.allclose(lse, torch.cat(expected), atol=1e-5)

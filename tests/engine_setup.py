@@ -19,6 +19,10 @@ from makeready.cache.layout import CacheLayout
 from makeready.cache.specs import AttentionSpec, LayerGroup
 from makeready.config import AttentionConfig, EngineConfig
 from makeready.device import DeviceFacts
+from makeready.hybrid.mixers.interface import MixerKernels
+from makeready.hybrid.mixers.reference import ReferenceMixerBackend
+from makeready.hybrid.mixers.selection import choose_mixers, mixer_requests
+from makeready.hybrid.mixers.triton import TritonMixerBackend
 from makeready.hybrid.model_specs import ModelSpec, read_model
 from makeready.platforms.cpu import CPU
 from makeready.platforms.kernel_blocks import kernel_block_size
@@ -43,14 +47,20 @@ class TinyReady:
     max_model_len: int
     cleared_groups: frozenset[int]
     device: DeviceFacts = DEVICE
+    mixers: MixerKernels | None = None
 
 
 def backend_named(name: str) -> AttentionBackend:
     return {"reference": ReferenceBackend, "flex": FlexBackend, "flash": FlashBackend}[name]()
 
 
-def spec_of(model: Any) -> ModelSpec:
-    return read_model(model.config.to_dict(), engine="transformers", dtype=str(model.dtype).removeprefix("torch."))
+def spec_of(model: Any, mamba_ssm_cache_dtype: str = "auto") -> ModelSpec:
+    return read_model(
+        model.config.to_dict(),
+        engine="transformers",
+        dtype=str(model.dtype).removeprefix("torch."),
+        mamba_ssm_cache_dtype=mamba_ssm_cache_dtype,
+    )
 
 
 def make_ready(
@@ -73,6 +83,7 @@ def make_ready(
         block_size=block_size,
         groups=groups,
     )
+    config = EngineConfig.from_options(**options)
     kv_cache = allocate(layout, torch.device(device.device_type))
     kv_cache.poison()
     clears = backend_named(backend).capabilities(device).reads_unwritten_slots
@@ -84,7 +95,8 @@ def make_ready(
         },
         groups=groups,
         block_size=block_size,
-        config=EngineConfig.from_options(**options),
+        config=config,
+        mixers=_mixers(spec, config, device),
         max_model_len=MAX_MODEL_LEN,
         cleared_groups=frozenset(group.index for group in groups if clears and not group.is_state),
     )
@@ -92,14 +104,29 @@ def make_ready(
 
 def planned_ready(model: Any, *, backend: str = "reference", num_blocks: int = 24, **options: Any) -> Ready:
     """The geometry that the CPU platform decides."""
-    spec = spec_of(model)
     config = EngineConfig.from_options(num_blocks=num_blocks, max_model_len=MAX_MODEL_LEN, **options)
+    spec = spec_of(model, config.cache.mamba_ssm_cache_dtype)
     one = backend_named(backend)
+    mixers = choose_mixers(
+        mixer_requests(spec.layers, spec.dtype),
+        (ReferenceMixerBackend(),),
+        DEVICE,
+        asked=config.attention.mixer_backend,
+    )
     chosen = dict.fromkeys((layer.layer for layer in spec.attention_layers), one)
     capabilities = {layer: backend.capabilities(DEVICE) for layer, backend in chosen.items()}
-    ready = platforms_make_ready(config, plan_model(spec, CPU, capabilities, config, DEVICE), chosen, DEVICE)
+    plan = plan_model(spec, CPU, capabilities, config, DEVICE)
+    ready = platforms_make_ready(config, plan, chosen, DEVICE, mixers.backend if mixers else None)
     ready.cache.poison()
     return ready
+
+
+def _mixers(spec: ModelSpec, config: EngineConfig, device: DeviceFacts) -> MixerKernels | None:
+    backends = (ReferenceMixerBackend(), TritonMixerBackend())
+    named = {backend.name: backend for backend in backends}
+    asked = config.attention.mixer_backend
+    needed = mixer_requests(spec.layers, spec.dtype)
+    return named["reference" if asked == "auto" else asked].build(device) if needed else None
 
 
 @cache

@@ -87,6 +87,7 @@ class Mixer:
         self.s = {**defaults, **(sizes or {})}
         self.rng = torch.Generator().manual_seed(seed)
         s = self.s
+        self.moved = {}
         self.fixed = {
             "weight": self.randn(s["C"], s["K"]) / 2,
             "bias": self.randn(s["C"]) / 2,
@@ -156,8 +157,9 @@ class Mixer:
 
     def run(self, kernels: MixerKernels, inputs, state, batch) -> torch.Tensor:
         """The mixer's output for these tokens; the state's pages are updated."""
-        device = state.device
-        f = {name: value.to(device) for name, value in self.fixed.items()}
+        if state.device not in self.moved:  # once, so that a graph can be captured later
+            self.moved[state.device] = {name: value.to(state.device) for name, value in self.fixed.items()}
+        f = self.moved[state.device]
         if self.kind.startswith("conv"):
             x = inputs["x"]
             return kernels.causal_conv(

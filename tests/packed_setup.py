@@ -50,7 +50,7 @@ class PackedRun:
 
     def __init__(self, family: str, monkeypatch: pytest.MonkeyPatch, maker=make_ready, **options) -> None:
         self.model, self.tokens, self.logits = stock(family)
-        self.ready = maker(self.model, **{"state_mixers": "reference", **options})
+        self.ready = maker(self.model, **{"packed_steps": True, **options})
         self.engine = TransformersEngine(self.model, None, self.ready, poison_freed=True)
         assert self.engine.execution.packed
         self.steps: list[tuple[int, ...]] = []

@@ -11,7 +11,6 @@ import torch
 from capturable_setup import DenseAttention, DenseMixers
 from engine_setup import make_ready
 from makeready.device import DeviceFacts
-from makeready.engines.transformers import mixer_choice
 from makeready.engines.transformers.engine import SamplingParams, TransformersEngine
 from tiny_models import tiny_model
 
@@ -44,7 +43,7 @@ def stock(family: str):
 
 def check(family: str, monkeypatch, dense: bool = True, **options) -> None:
     model, tokens = stock(family)
-    ready = make_ready(model, device=CUDA, max_num_seqs=6, **{"state_mixers": "reference", **options})
+    ready = make_ready(model, device=CUDA, max_num_seqs=6, **{"packed_steps": True, **options})
     if dense:
         ready = replace(ready, attention=dict.fromkeys(ready.attention, DenseAttention()))
         monkeypatch.setattr("makeready.hybrid.mixers.reference.kernels.ReferenceMixers", DenseMixers)
@@ -82,13 +81,8 @@ def test_tokens_compiled(family, monkeypatch):
 
 @pytest.mark.parametrize("family", ["falcon_h1", "nemotron_h", "qwen3_next", "mamba2", "lfm2", "jamba"])
 def test_tokens_with_kernels(family, monkeypatch):
-    check(family, monkeypatch, state_mixers="triton", **modes(False, True, True))
+    check(family, monkeypatch, mixer_backend="triton", **modes(False, True, True))
 
 
 def test_chunks_beside_captured_decodes(monkeypatch):
     check("falcon_h1", monkeypatch, max_num_batched_tokens=9, **modes(False, True, True))
-
-
-def test_the_mixers_that_auto_chooses(monkeypatch):
-    ready = make_ready(stock("falcon_h1")[0], device=CUDA)
-    assert mixer_choice.choose_kernels("auto", ready)[0]

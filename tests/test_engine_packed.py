@@ -8,8 +8,9 @@ from __future__ import annotations
 import pytest
 
 from engine_setup import planned_ready
-from makeready.engines.transformers.engine import SamplingParams
-from packed_setup import LENGTHS, NEW, PACKED, PackedRun, prompts
+from makeready.engines.transformers.engine import SamplingParams, TransformersEngine
+from makeready.errors import UnsupportedModelError
+from packed_setup import LENGTHS, NEW, PACKED, PARAMS, PackedRun, prompts, stock
 from tiny_models import ATTENTION_FREE
 
 AHEAD = pytest.mark.parametrize("ahead", [False, True])
@@ -66,3 +67,19 @@ def test_preempted_requests_end_with_the_same_tokens(family, ahead, monkeypatch)
 def test_the_planned_geometry_gives_the_same_tokens(family, monkeypatch):
     with PackedRun(family, monkeypatch, planned_ready, max_num_batched_tokens=13) as run:
         run.check_all(run.generate())
+
+
+@pytest.mark.parametrize("family", ["falcon_h1", "qwen3_next"])
+def test_states_may_be_stored_in_fewer_bits(family, monkeypatch):
+    """Kernels compute in float32 whatever the pages hold; the model's own code would refuse."""
+    options = {"mamba_ssm_cache_dtype": "bfloat16"}
+    model, tokens, _ = stock(family)
+    ready = planned_ready(model, packed_steps=True, **options)
+    engine = TransformersEngine(model, None, ready)
+    try:
+        found = engine.generate(prompts(), PARAMS)
+        assert all(done.token_ids[0] == expected[0] for done, expected in zip(found, tokens, strict=True))
+    finally:
+        engine.close()
+    with pytest.raises(UnsupportedModelError, match="of bfloat16"):
+        TransformersEngine(model, None, planned_ready(model, **options))

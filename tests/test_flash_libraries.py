@@ -127,6 +127,20 @@ def test_what_is_passed_gives_what_the_reference_gives(provider, name, seq_lens,
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
 
 
+def test_scales_of_k_and_v_are_folded_in_and_slopes_refused(provider):
+    case = make_case((70, 9), (3, 9), block_size=256, heads=(4, 2), head_size=16)
+    attention, call = attention_of(provider), AttentionCall(scale=0.2, key_scale=0.5, value_scale=3.0)
+    prepared = attention.prepare(case.step)
+    found = attention.forward(case.query, case.key_cache, case.value_cache, prepared, call)
+    expected = ReferenceAttention().forward(
+        case.query, case.key_cache, case.value_cache, case.step, AttentionCall(scale=0.1)
+    )
+    torch.testing.assert_close(found, 3 * expected, rtol=1e-5, atol=1e-5)
+    slopes = AttentionCall(scale=0.2, alibi_slopes=torch.ones(4))
+    with pytest.raises(BackendError, match="is not asked for ALiBi, and the layer has slopes"):
+        attention.forward(case.query, case.key_cache, case.value_cache, prepared, slopes)
+
+
 def test_gathered_keys_wider_than_values_are_served_too(provider):
     case = make_case((70, 9), (3, 9), heads=(4, 4), head_size=24, head_size_v=16)
     attention, call = attention_of(provider), AttentionCall(scale=0.2)
@@ -256,8 +270,10 @@ def test_automatic_choice_takes_the_first_that_can_serve_and_the_asked_one_or_no
 
 def test_automatic_choice_passes_over_fa4_where_it_cannot_split():
     flash = FlashBackend([installed(FlashAttention4)])
-    with pytest.raises(BackendError, match=r"fa4: its kernels for compute capability 9\.x do not split K and V"):
+    with pytest.raises(BackendError, match=r"only when asked: its kernels for compute capability 9\.x do not split"):
         flash.build(request_for(HOPPER))
+    assert not flash.probe(HOPPER).available
+    assert FlashBackend(flash.providers, asked="fa4").probe(HOPPER).available
     (facts,) = flash.providers_on(HOPPER)
     assert facts.available
     assert "taken only when asked: its kernels for compute capability 9.x" in facts.constraints

@@ -5,6 +5,7 @@ import pytest
 from makeready.attention_backends.flash import FlashBackend, FlashProvider
 from makeready.attention_backends.flash.backend import default_providers
 from makeready.attention_backends.flash.library import LibraryProvider
+from makeready.attention_backends.flash.triton_kernels import TritonProvider
 from makeready.attention_backends.interface import BuildRequest, Capabilities, Probe
 from makeready.cache.specs import AttentionSpec
 from makeready.config import AttentionConfig
@@ -39,10 +40,12 @@ def bare_providers():
     """The package's own, on a machine where nothing is installed."""
     bare = []
     for provider in default_providers():
-        given = {"load": None, "version_of": lambda name: None}
-        if isinstance(provider, LibraryProvider):
-            given["found"] = lambda module: False
-        bare.append(type(provider)(**given))
+        if isinstance(provider, TritonProvider):
+            bare.append(TritonProvider(version=lambda: None))
+        elif isinstance(provider, LibraryProvider):
+            bare.append(type(provider)(version_of=lambda name: None, load=None, found=lambda module: False))
+        else:
+            bare.append(type(provider)(version_of=lambda name: None, load=None))
     return bare
 
 
@@ -65,8 +68,8 @@ def test_each_platform_has_its_block_multiple_and_preference(device, preferred):
 @pytest.mark.parametrize(
     ("device", "libraries"),
     [
-        (CUDA, ["FlashAttention 3", "FlashAttention 4", "varlen attention"]),
-        (XPU, ["vLLM's XPU kernels", "Intel Extension"]),
+        (CUDA, ["FlashAttention 3", "FlashAttention 4", "varlen attention", "Triton"]),
+        (XPU, ["vLLM's XPU kernels", "Intel Extension", "Triton"]),
         (CPU, ["Intel Extension"]),
     ],
 )

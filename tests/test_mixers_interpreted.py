@@ -15,6 +15,7 @@ import pytest
 def test_kernels_in_the_interpreter():
     """A process of its own: Triton decides whether it interprets when it is imported."""
     tests = Path(__file__).parent
+    files = [tests / "test_mixers_triton.py", tests / "test_mixers_published_bugs.py"]
     environment = {**os.environ, "TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""}
     command = [
         sys.executable,
@@ -24,7 +25,7 @@ def test_kernels_in_the_interpreter():
         "-q",
         "-p",
         "no:cacheprovider",
-        str(tests / "test_mixers_triton.py"),
+        *map(str, files),
     ]
     done = subprocess.run(command, cwd=tests.parent, env=environment, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stdout[-3000:]

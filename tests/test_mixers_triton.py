@@ -28,7 +28,7 @@ pytestmark = pytest.mark.skipif(
 )
 on_cuda = pytest.mark.skipif(DEVICE == "cpu", reason="no CUDA device")
 LENS = [1, 19, 3, 1, 70, 2, 16, 1]
-ERROR = {torch.float32: 2e-5, torch.bfloat16: 8e-3, torch.float16: 2e-3}
+ERROR = {torch.float32: 2e-5, torch.bfloat16: 1e-2, torch.float16: 2e-3}
 BIG = {
     "mamba2": {"H": 24, "P": 128, "N": 256},
     "mamba2_groups": {"H": 16, "P": 80, "N": 128, "G": 8},

@@ -14,6 +14,7 @@ from makeready.cache.allocation import allocate
 from makeready.config import EngineConfig
 from makeready.errors import BlockSizeError, CapacityError, ConfigError, MakereadyError
 from makeready.hybrid.model_specs import read_model
+from makeready.platforms.cpu import CPU
 from makeready.platforms.cuda import CUDA
 from makeready.platforms.plan import Plan
 from makeready.platforms.planning import plan_model
@@ -51,7 +52,7 @@ def planned_case(case) -> Plan:
     backend = kernels(case)
     return plan_model(
         model,
-        CUDA,
+        CPU if case["platform"] == "cpu" else CUDA,
         {layer.layer: backend for layer in model.attention_layers},
         config,
         preferred_block_sizes={"kernels": case["preferred"]},
@@ -81,8 +82,8 @@ def test_every_case_is_planned_or_refused_as_vllm_does():
         if theirs is None or ours != {**theirs, "groups": groups}:
             different.append((number, case["error"] or ours))
     assert different == []
-    assert len(found) == 1485
-    assert refused == sum(case["error"] is not None for case in found) == 44
+    assert len(found) == 1967
+    assert refused == sum(case["error"] is not None for case in found) == 49
 
 
 def vllm(*skip, stored="fp8", model=NANO, **options):
@@ -131,6 +132,15 @@ def test_layers_of_full_attention_alone_share_one_group_and_keep_their_pages():
         layout_of(plan, "NHD", 100)
 
 
+def test_on_a_cpu_blocks_do_not_grow():
+    plan = makeready.plan(
+        "Qwen/Qwen3-8B", platform="cpu", backend="cpu_attn", kv_cache_dtype="fp8", kv_cache_dtype_skip_layers=(0,),
+        block_size=32,
+    )  # fmt: skip
+    assert plan.block_size == 32
+    assert not any("grows" in why for why in plan.reasons)
+
+
 def test_a_users_block_is_refused_where_vllm_would_replace_it():
     with pytest.raises(BlockSizeError, match=r"block_size 16 is refused: a kernel block .* at least 32 .*nearest size"):
         vllm(0, model="Qwen/Qwen3-8B", block_size=16)
@@ -167,6 +177,16 @@ def test_packed_latents_are_sized_as_vllm_does():
     assert plan.block_size == 128 * -(-raw // (128 * 576))
     assert plan.page_bytes == plan.block_size * 656
     assert plan.decision.mamba_page_size_padded == plan.page_bytes
+
+
+def test_windows_do_not_split_blocks():
+    """Blocks that hold a state are no kernel block of FlashInfer: windows take its longest, and are padded."""
+    phi = read_model("microsoft/Phi-4-mini-flash-reasoning", engine="vllm", kv_cache_dtype="fp8")
+    fixed = Capabilities(name="any", dtypes=frozenset(), kv_cache_dtypes=frozenset(), kernel_block_sizes=(16, 32, 64))
+    plan = plan_model(phi, CUDA, {layer.layer: fixed for layer in phi.attention_layers}, EngineConfig())
+    blocks = {group.kind: group.block_size for group in plan.groups}
+    assert blocks == {"mamba1": phi.max_model_len, "sliding": 64, "attention": 80}
+    assert plan.page_bytes == 80 * phi.attention_layers[0].spec.bytes_per_token
 
 
 def test_the_embedded_engine_pads_pages_instead():

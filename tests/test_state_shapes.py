@@ -80,9 +80,14 @@ def test_a_saved_config_reads_like_the_dict(family: str, tmp_path) -> None:
     assert saved.num_layers == config.get_text_config(decoder=True).num_hidden_layers
 
 
-def test_transformers_keeps_recurrent_states_in_its_own_dtype() -> None:
+def test_kernels_store_recurrent_states_as_asked_and_convolutions_as_the_model_does() -> None:
     config = tiny_config("bamba").to_dict()
-    with pytest.raises(ConfigError, match="mamba_ssm_cache_dtype bfloat16 cannot be had: .* float32"):
-        read_model(config, engine="transformers", mamba_ssm_cache_dtype="bfloat16")
+    spec = read_model(config, engine="transformers", dtype="float32", mamba_ssm_cache_dtype="bfloat16").layers[0].spec
+    assert [state.dtype for state in spec.states] == ["float32", "bfloat16"]
+    with pytest.raises(ConfigError, match="mamba_cache_dtype bfloat16 cannot be had: .* float32"):
+        read_model(config, engine="transformers", dtype="float32", mamba_cache_dtype="bfloat16")
+    zaya = tiny_config("zaya").to_dict()
+    with pytest.raises(ConfigError, match="mamba_ssm_cache_dtype float32 cannot be had: .* bfloat16"):
+        read_model(zaya, engine="transformers", dtype="bfloat16", mamba_ssm_cache_dtype="float32")
     with pytest.raises(ConfigError, match="num_speculative_tokens 2 needs an engine that speculates"):
         read_model(config, engine="transformers", num_speculative_tokens=2)

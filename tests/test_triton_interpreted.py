@@ -12,10 +12,11 @@ HERE = Path(__file__).parent
 
 
 @pytest.mark.skipif(find_spec("triton") is None, reason="Triton is not installed")
-def test_attention_kernels_agree_with_the_reference():
+@pytest.mark.parametrize("checks", ["check_triton_attention.py", "check_triton_write.py"])
+def test_kernels_agree_with_the_slow_way(checks):
     done = subprocess.run(
-        [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", str(HERE / "check_triton_attention.py")],
-        env={**os.environ, "TRITON_INTERPRET": "1"},
+        [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", str(HERE / checks)],
+        env={**os.environ, "TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""},
         cwd=HERE.parent,
         capture_output=True,
         text=True,

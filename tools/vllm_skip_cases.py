@@ -3,7 +3,8 @@
 Run it where vLLM 0.33.0's Python files can be imported (its compiled parts are not needed) and makeready is on the
 path: ``python tools/vllm_skip_cases.py tests/data/skip_layer_cases.json.gz``. vLLM decides the block size (phases 1 to
 4), makes every layer's cache spec and groups them, for every preset that stores K and V in a quantised dtype but for
-some layers; nothing of it is replaced but the model and the backend, which are described by their numbers.
+some layers, and for windows and latents without such layers; nothing of it is replaced but the model and the backend,
+which are described by their numbers.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ import torch
 import vllm.model_executor.layers.mamba.abstract as mamba
 import vllm.model_executor.models as models
 from vllm.model_executor.layers.attention.attention import Attention
+from vllm.platforms.cpu import CpuPlatform
 from vllm.platforms.interface import Platform
 from vllm.utils.torch_utils import STR_DTYPE_TO_TORCH_DTYPE, get_dtype_size
 from vllm.v1.attention.backend import AttentionType, MultipleOf
@@ -45,8 +47,10 @@ Case = dict[str, Any]
 DTYPES = (
     "fp8", "nvfp4", "int8_per_token_head", "fp8_per_token_head", "int4_per_token_head", "fp8_ds_mla", "nvfp4_ds_mla"
 )  # fmt: skip
-KERNELS: tuple[tuple[list[str | int], int], ...] = ((["*16"], 16), ([16, 32, 64], 16), ([64], 64), (["*64"], 64))
-"""Kernel blocks (``*16``: any multiple of 16) and the size preferred from 16."""
+KERNELS: tuple[tuple[list[str | int], int, str], ...] = (
+    (["*16"], 16, "cuda"), ([16, 32, 64], 16, "cuda"), ([64], 64, "cuda"), (["*64"], 64, "cuda"), (["*32"], 128, "cpu")
+)  # fmt: skip
+"""Kernel blocks (``*16``: any multiple of 16), the size preferred from the platform's default, and the platform."""
 
 
 def cases() -> list[Case]:
@@ -62,10 +66,11 @@ def cases() -> list[Case]:
                 if model.dtype != "bfloat16" or not model.attention_layers or _twofold(model):
                     continue
                 for skip in _skips(source, model):
-                    for kernels, preferred in KERNELS:
+                    for kernels, preferred, platform in KERNELS:
                         if source.random() >= 0.55:
                             mode = source.choice(("none", "align")) if model.state_layers else "none"
-                            found.append(_case(model, tp, dtype, skip, kernels, preferred, mode))
+                            case = _case(model, tp, dtype, skip, kernels, preferred, mode)
+                            found.append({**case, "platform": platform})
     return found
 
 
@@ -80,7 +85,7 @@ def _skips(source: random.Random, model: ModelSpec) -> list[list[int]]:
     full = [layer for layer in every if layer not in windows]
     sets = [every[:1], every[: max(1, len(every) // 2)], every, full[:1] or every[:1]]
     sets += [windows, windows[:1], full] if windows else []
-    return [*source.sample(sets, 2), *([[]] if model.attention_layers[0].kind == "mla" else [])]
+    return [*source.sample(sets, 2), *([[]] if windows or model.attention_layers[0].kind == "mla" else [])]
 
 
 def _case(
@@ -190,7 +195,7 @@ def answer(case: Case) -> Case:
         quiet = patch("vllm.config.vllm.set_current_vllm_config", lambda *given, **more: contextlib.nullcontext())
         stack.enter_context(quiet)
         try:
-            Platform.update_block_size_for_backend(config)
+            (CpuPlatform if case["platform"] == "cpu" else Platform).update_block_size_for_backend(config)
             layers = [index for index, kind in enumerate(case["layers"]) if kind != "x"]
             specs = {f"layer{index}": spec_of(case, config, backend, index) for index in layers}
             groups = planning.get_kv_cache_groups(config, specs)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from types import MappingProxyType
 
 from ...config import LAYOUTS, AttentionConfig
 from ...device import DeviceFacts
@@ -13,15 +15,47 @@ from .flash_attention_4 import FlashAttention4
 from .ipex import IpexProvider
 from .providers import FlashProvider, build_refusals, describe, layer_refusals
 from .torch_varlen import TorchVarlen
+from .triton_kernels import TritonProvider
 from .xpu_kernels import XpuKernels
 
 HALF = frozenset({"bfloat16", "float16"})
 FP8 = frozenset({"fp8_e4m3", "fp8_e5m2"})
 
+POLICY: Mapping[str, Capabilities] = MappingProxyType(
+    {
+        "cuda": Capabilities(
+            name="flash",
+            dtypes=HALF,
+            kv_cache_dtypes=HALF | FP8,
+            kernel_block_multiple=16,
+            head_size_multiple=8,
+            max_head_size=256,
+            layouts=LAYOUTS,
+            sliding_window=True,
+            soft_cap=True,
+            sinks=True,
+        ),
+        "xpu": Capabilities(
+            name="flash",
+            dtypes=HALF,
+            kv_cache_dtypes=HALF | FP8,
+            kernel_block_multiple=64,
+            head_size_multiple=8,
+            max_head_size=512,
+            # Its page stride must be a multiple of the token stride: K's row of heads in a run of bytes.
+            layouts=("NHD", "cross_layer_NHD"),
+            sliding_window=True,
+            soft_cap=True,
+            sinks=True,
+        ),
+    }
+)
+"""Per device type what its kernels share, so that a plan does not depend on which of them are installed."""
+
 
 def default_providers() -> tuple[FlashProvider, ...]:
     """Every provider that comes with the package, in the order in which automatic choice tries them."""
-    return (FlashAttention3(), FlashAttention4(), TorchVarlen(), XpuKernels(), IpexProvider())
+    return (FlashAttention3(), FlashAttention4(), TorchVarlen(), XpuKernels(), IpexProvider(), TritonProvider())
 
 
 class FlashBackend(AttentionBackend):
@@ -48,34 +82,13 @@ class FlashBackend(AttentionBackend):
         return FlashBackend(self.providers, asked=config.flash_provider)
 
     def capabilities(self, device: DeviceFacts) -> Capabilities:
-        """The asked provider's; else what the platform's kernels share, or what the first provider there can do."""
-        if self.asked is None and device.device_type == "cuda":
-            return Capabilities(
-                name=self.name,
-                dtypes=HALF,
-                kv_cache_dtypes=HALF | FP8,
-                kernel_block_multiple=16,
-                head_size_multiple=8,
-                max_head_size=256,
-                layouts=LAYOUTS,
-                sliding_window=True,
-                soft_cap=True,
-                sinks=True,
-            )
-        if self.asked is None and device.device_type == "xpu":
-            return Capabilities(
-                name=self.name,
-                dtypes=HALF,
-                kv_cache_dtypes=HALF | FP8,
-                kernel_block_multiple=64,
-                head_size_multiple=8,
-                max_head_size=512,
-                # Its page stride must be a multiple of the token stride: K's row of heads in a run of bytes.
-                layouts=("NHD", "cross_layer_NHD"),
-                sliding_window=True,
-                soft_cap=True,
-                sinks=True,
-            )
+        """The asked provider's; else what the platform's kernels share, or what the first provider there can do.
+
+        Batch invariance is there where a provider has it; latent attention is not: engines have kernels of their own.
+        """
+        if self.asked is None and device.device_type in POLICY:
+            serving = [provider.constraints(device) for provider in self._serving(device)]
+            return replace(POLICY[device.device_type], batch_invariant=any(can.batch_invariant for can in serving))
         for provider in self._serving(device):
             return provider.constraints(device)
         return Capabilities(name=self.name, dtypes=frozenset(), kv_cache_dtypes=frozenset(), layouts=())
@@ -84,7 +97,7 @@ class FlashBackend(AttentionBackend):
         """The first provider that loads; else what each one lacks and how to get it."""
         reasons = []
         for provider in self._serving(device):
-            probe = provider.probe(device)
+            probe = self._standing(provider, device, self.asked)
             if probe.available:
                 return Probe(available=True, reason=f"flash by {provider.name}: {probe.reason}")
             reasons.append(f"{provider.name}: {probe.reason}")
@@ -94,7 +107,7 @@ class FlashBackend(AttentionBackend):
         """Empty if a provider that loads here can serve the layer; else what each of them lacks for it."""
         found = []
         for provider in self._serving(device):
-            if provider.probe(device).available:
+            if self._standing(provider, device, self.asked).available:
                 lacking = layer_refusals(provider, request, device)
                 if not lacking:
                     return ()
@@ -127,10 +140,9 @@ class FlashBackend(AttentionBackend):
             self._require_known(asked, request.device)
         reasons = []
         for provider in self._serving(request.device, asked):
-            passed = None if asked is not None else provider.only_when_asked(request.device)
-            probe = provider.probe(request.device)
-            if passed or not probe.available:
-                reasons.append(f"{provider.name}: {passed or probe.reason}")
+            probe = self._standing(provider, request.device, asked)
+            if not probe.available:
+                reasons.append(f"{provider.name}: {probe.reason}")
                 continue
             lacking = build_refusals(provider, request)
             if lacking:
@@ -154,6 +166,14 @@ class FlashBackend(AttentionBackend):
             for provider in self.providers
             if device.device_type in provider.device_types and only in (None, provider.name)
         ]
+
+    def _standing(self, provider: FlashProvider, device: DeviceFacts, asked: str | None) -> Probe:
+        """The provider's probe; automatic choice adds that it passes over it."""
+        probe = provider.probe(device)
+        passed = provider.only_when_asked(device) if asked is None else None
+        if not probe.available or passed is None:
+            return probe
+        return Probe(available=False, reason=f"{probe.reason}, but is taken only when asked: {passed}")
 
     def _require_known(self, asked: str, device: DeviceFacts) -> None:
         """The asked provider is one of ours and answers for this type of device, or this raises."""

@@ -31,6 +31,8 @@ class FlashAttention3(LibraryProvider):
     distributions = ("flash-attn-3", "flash_attn_3")
     install = "build the hopper folder of github.com/Dao-AILab/flash-attention"
     capturable = True
+    reads_unwritten_slots = True
+    """Seen on an H200: prefills load pages of whole key tiles (128 tokens) by TMA, and 0 times NaN is NaN."""
 
     def constraints(self, device: DeviceFacts) -> Capabilities:
         """K and V in the queries' dtype (fp8 pages need fp8 queries there); sinks are not in its interface."""

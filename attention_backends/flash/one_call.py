@@ -98,13 +98,13 @@ class OneCallAttention(AttentionImpl):
     ) -> torch.Tensor:
         """Attention over the pages; shapes as in :class:`AttentionImpl`.
 
-        :raises BackendError: for K and V of different widths, or of another dtype than the queries.
+        :raises BackendError: for K and V of different widths, or of another dtype than the queries, and for ALiBi.
         """
         if query.shape[0] == 0:
             return torch.empty_like(query)
-        self._check(query, key_cache, value_cache)
+        self._check(query, key_cache, value_cache, call)
         around = -1 if call.sliding_window is None else call.sliding_window - 1
-        return self._attend(
+        output = self._attend(
             KernelCall(
                 query=query.contiguous(),
                 key=key_cache,
@@ -114,13 +114,14 @@ class OneCallAttention(AttentionImpl):
                 block_table=metadata.block_table,
                 max_query_len=metadata.max_query_len,
                 max_seq_len=metadata.max_seq_len,
-                scale=call.scale,
+                scale=call.scale * call.key_scale,
                 causal=call.causal,
                 window=(around, 0 if call.causal else around),
                 soft_cap=call.soft_cap,
                 sinks=call.sinks,
             )
         ).contiguous()
+        return output if call.value_scale == 1.0 else output * call.value_scale
 
     def forward_gathered(
         self,
@@ -148,8 +149,13 @@ class OneCallAttention(AttentionImpl):
         key, value = _as_blocks(keys, width, size), _as_blocks(values, width, size)
         return self.forward(rows, key, value, self.prepare(small), call)[..., :width_v].contiguous()
 
-    def _check(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> None:
+    def _check(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, call: AttentionCall) -> None:
         """Refuse what a kernel may take without a word and sum wrong."""
+        if call.alibi_slopes is not None:
+            raise BackendError(
+                f"flash by {self.provider} is not asked for ALiBi, and the layer has slopes",
+                option="flash_provider", value=self.provider, expected="triton, or another backend",
+            )  # fmt: skip
         if key.shape != value.shape or query.shape[-1] != key.shape[-1]:
             raise BackendError(
                 f"flash by {self.provider} takes one head size; queries have {query.shape[-1]}, K {key.shape[-1]}, "

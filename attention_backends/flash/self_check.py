@@ -51,7 +51,7 @@ def differences(
     head_size = 64 if request.spec.mla else request.spec.head_size
     random = torch.Generator().manual_seed(0)
     seq_lens = (request.block_size + 3, 150, 5)
-    for step_name, query_lens in (("decode", (1, 1, 1)), ("prefill and decode", (1, 20, 5))):
+    for step_name, query_lens in (("decode", (1, 1, 1)), ("prefill and decode", (1, 150, 5))):
         step = _step(query_lens, seq_lens, request.block_size, device)
         key, value = _cache(
             step, num_kv_heads, head_size, random, dtype, order=order, poisoned=not attention.reads_unwritten_slots

@@ -58,10 +58,10 @@ class TransformersEngine:
         self.traits = traits_of(model.config.get_text_config(decoder=True).model_type)
         _check_cache_mode(ready)
         check_model(model, ready)
-        check_plan(model, self.traits, ready.groups)
+        self.execution = decide(model, ready, self.traits)
+        check_plan(model, self.traits, ready.groups, any_state_dtype=self.execution.packed)
         self.pool = pool_for(ready.cache.layout)
         self.scheduler = Scheduler(ready.groups, self.pool, ready.config.scheduler, self.traits, ready.max_model_len)
-        self.execution = decide(model, ready, self.traits)
         self._blocks = BlockKeeper(ready, clear_states=not self.execution.packed, poison_freed=poison_freed)
         self._runner: ModelRunner | None = None
         self._driver: PackedDriver | None = None

@@ -15,9 +15,6 @@ from .records import Ready
 if TYPE_CHECKING:
     from ...hybrid.mixers.interface import MixerKernels
 
-MODEL = "model"
-"""The model's own code for state layers."""
-
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Execution:
@@ -32,11 +29,6 @@ class Execution:
     async_scheduling: bool
     reasons: tuple[str, ...]
 
-    @property
-    def state_mixers(self) -> str:
-        """Name of what computes state layers."""
-        return self.kernels.name if self.kernels else MODEL
-
 
 def decide(model: Any, ready: Ready, traits: Traits) -> Execution:
     """Choose where the settings leave it open; an explicit setting is obeyed or refused.
@@ -45,13 +37,13 @@ def decide(model: Any, ready: Ready, traits: Traits) -> Execution:
     :raises UnsupportedModelError: for packed steps of a family that has none, where they were asked for.
     """
     asked, on_cuda = ready.config.execution, model.device.type == "cuda"
-    packed, kernels, why = _choose_mixers(asked, model, ready, traits, on_cuda)
-    reasons = [why]
+    packed, why = _choose_packed(model, ready, traits)
+    reasons, kernels = [why], ready.mixers
     if not packed:
         _refuse_without_packing(asked, why)
         return Execution(
             packed=False, kernels=None, compile_layers=False, cuda_graphs=False, async_scheduling=False,
-            reasons=(*reasons, "steps: one forward for the decodes, and one per prefill chunk."),
+            reasons=tuple(reasons),
         )  # fmt: skip
     compiled, why = _choose_compile(asked, traits, on_cuda)
     reasons.append(why)
@@ -65,30 +57,41 @@ def decide(model: Any, ready: Ready, traits: Traits) -> Execution:
     )  # fmt: skip
 
 
-def _choose_mixers(
-    asked: ExecutionConfig, model: Any, ready: Ready, traits: Traits, on_cuda: bool
-) -> tuple[bool, MixerKernels | None, str]:
-    from .mixer_choice import choose_kernels
+def _choose_packed(model: Any, ready: Ready, traits: Traits) -> tuple[bool, str]:
+    """Packed where kernels gain something, or where the user named them."""
     from .packed.patching import exchange_for
 
-    if asked.state_mixers == MODEL:
-        return False, None, "state_mixers: model, as asked."
-    if asked.state_mixers == "auto" and not on_cuda:
-        return False, None, f"state_mixers: model, since kernels have nothing to win on {model.device.type}."
+    asked, device = ready.config.execution.packed_steps, model.device.type
+    named = ready.config.attention.mixer_backend != "auto"
+    if asked is False and named:
+        raise ConfigError(
+            f"mixer_backend {ready.config.attention.mixer_backend} computes state layers of packed steps, and"
+            " packed_steps is off",
+            option="packed_steps",
+            value=False,
+            expected=True,
+        )
+    if asked is False:
+        return False, "packed_steps: off, as asked."
+    slow = ready.mixers is not None and ready.mixers.name == "reference"
+    if not (asked or named) and (device != "cuda" or slow):
+        why = "the reference mixers are made to be right, not fast" if slow else f"they gain nothing on {device}"
+        return False, f"packed_steps: off, since {why}."
     try:
         exchange_for(model, traits)
     except UnsupportedModelError as error:
-        if asked.state_mixers != "auto":
+        if asked or named:
             raise
-        return False, None, f"state_mixers: model, since {error}."
-    return choose_kernels(asked.state_mixers, ready)
+        return False, f"packed_steps: off, since {error}."
+    mixers = f"with {ready.mixers.name} kernels for state layers" if ready.mixers else "no layer needs mixer kernels"
+    return True, f"packed_steps: on, {_why(asked or named or None, device)}; {mixers}."
 
 
 def _refuse_without_packing(asked: ExecutionConfig, why: str) -> None:
     for option in ("compile_layers", "cuda_graphs", "async_scheduling"):
         if getattr(asked, option):
             raise ConfigError(
-                f"{option} needs packed steps, and there are none ({why.rstrip('.')}); name kernels in state_mixers",
+                f"{option} needs packed steps, and there are none ({why.rstrip('.')}); set packed_steps",
                 option=option,
                 value=True,
                 expected=False,

@@ -14,12 +14,15 @@ Facts = dict[tuple[int, str], tuple[tuple[int, ...], str]]
 """(layer, what) -> (shape for one request or token, dtype)."""
 
 
-def check_plan(model: Any, traits: Traits, groups: tuple[LayerGroup, ...]) -> None:
+def check_plan(model: Any, traits: Traits, groups: tuple[LayerGroup, ...], *, any_state_dtype: bool = False) -> None:
     """Compare what ``model`` stores with what ``groups`` plan for it.
 
+    :param any_state_dtype: whether states may be stored in another dtype than the model's own code gives them.
     :raises UnsupportedModelError: naming the layer and both shapes.
     """
     found, planned = stored_by(model, traits), planned_for(groups, traits)
+    if any_state_dtype:
+        found, planned = ({key: (shape, "any") for key, (shape, _) in facts.items()} for facts in (found, planned))
     for layer, what in sorted(found.keys() | planned.keys()):
         is_, should = found.get((layer, what)), planned.get((layer, what))
         if is_ != should:

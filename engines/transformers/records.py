@@ -15,6 +15,7 @@ from ...errors import RequestError
 if TYPE_CHECKING:
     from ...attention_backends.interface import AttentionImpl
     from ...cache.allocation import KVCache
+    from ...hybrid.mixers.interface import MixerKernels
 
 FinishReason = Literal["stop", "length", "abort"]
 
@@ -115,6 +116,10 @@ class Ready(Protocol):
     @property
     def attention(self) -> Mapping[int, AttentionImpl]:
         """The built backend of each attention layer, by the model's layer index."""
+
+    @property
+    def mixers(self) -> MixerKernels | None:
+        """The kernels of state layers; None for a model that has none."""
 
     @property
     def groups(self) -> tuple[LayerGroup, ...]:

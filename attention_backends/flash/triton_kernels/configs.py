@@ -39,8 +39,6 @@ class PrefillConfig:
     stages: int
     source: str
     """Where K and V are read: ``pages``, ``page tiles``, ``gathered`` or ``copies``."""
-    specialised: bool = False
-    """One warp group loads, two compute; ``warps`` is 4 then."""
     fixed: int = 0
     """KV tiles of a segment in the batch-invariant mode; 0 outside it."""
 

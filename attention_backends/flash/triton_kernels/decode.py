@@ -15,16 +15,19 @@ from .parts import combined, finite, soft_capped, with_sink
 
 
 @triton.jit(do_not_specialize=["num_requests", "programs"])
-def plan_kernel(  # noqa: ANN201
+def plan_kernel(
     seq_lens_ptr, query_start_ptr, starts_ptr, first_ptr, count_ptr, num_requests, programs,
-    HK: tl.constexpr, FEWEST: tl.constexpr, QUERIES: tl.constexpr, WINDOW: tl.constexpr, UNIT: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_P: tl.constexpr,
+    HK: tl.constexpr, FEWEST: tl.constexpr, QUERIES: tl.constexpr, WINDOW: tl.constexpr, UNIT: tl.constexpr,
+    BLOCK_B: tl.constexpr, BLOCK_P: tl.constexpr,
 ):  # fmt: skip
-    """One program. ``starts[r]``: units before request ``r``; ``first[p]``: the request in which share ``p`` begins.
+    """One program, which makes the plan that decode follows.
 
-    A unit is UNIT tokens. A request of FEWEST to QUERIES query tokens has at least one, so that its rows are
-    written; any other has none. The counts of arrivals start at zero.
+    ``starts[r]``: units before request ``r``; ``starts[num_requests + 1]``: units of a share; ``first[p]``: the
+    request in which share ``p`` begins. A unit is UNIT tokens. A request of FEWEST to QUERIES query tokens has at
+    least one, so that its rows are written; any other has none. The counts of arrivals start at zero.
     """
     total = 0
+    longest = 1
     tl.store(starts_ptr, 0)
     for base in range(0, num_requests, BLOCK_B):
         r = base + tl.arange(0, BLOCK_B)
@@ -37,9 +40,15 @@ def plan_kernel(  # noqa: ANN201
         units = tl.where(ok & (queries >= FEWEST) & (queries <= QUERIES), tl.maximum(units, 1), 0)
         tl.store(starts_ptr + r + 1, total + tl.cumsum(units, 0), mask=ok)
         total += tl.sum(units, 0)
+        longest = tl.maximum(longest, tl.max(units, 0))
         for head in range(HK):
             tl.store(count_ptr + r * HK + head, 0, mask=ok)
     share = tl.maximum(tl.cdiv(total, programs), 1)
+    # A little more, if the longest requests are whole shares then, or shares whole requests: fewer pieces to add up.
+    part_of_one = tl.cdiv(longest, tl.maximum(longest // share, 1))
+    fitting = tl.where(share < longest, part_of_one, tl.cdiv(share, longest) * longest)
+    share = tl.where(fitting * 16 <= share * 17, fitting, share)
+    tl.store(starts_ptr + num_requests + 1, share)
     tl.debug_barrier()
     for base_p in range(0, programs, BLOCK_P):
         p = base_p + tl.arange(0, BLOCK_P)
@@ -52,7 +61,7 @@ def plan_kernel(  # noqa: ANN201
 
 
 @triton.jit(do_not_specialize=["num_requests"])
-def decode_kernel(  # noqa: ANN201
+def decode_kernel(
     out_ptr, lse_ptr, q_ptr, k_ptr, v_ptr, table_ptr, seq_lens_ptr, query_start_ptr, sinks_ptr, alibi_ptr,
     starts_ptr, first_ptr, part_ptr, part_ml_ptr, count_ptr,
     num_requests, scale, soft_cap, v_scale,
@@ -74,7 +83,7 @@ def decode_kernel(  # noqa: ANN201
     p = tl.program_id(0) // HK
     r = tl.load(first_ptr + p)
     total = tl.load(starts_ptr + num_requests)
-    share = tl.maximum(tl.cdiv(total, tl.num_programs(0) // HK), 1)
+    share = tl.load(starts_ptr + num_requests + 1)
     begin = p * share
     end = tl.minimum(begin + share, total)
     row = tl.arange(0, ROWS)
@@ -108,11 +117,8 @@ def decode_kernel(  # noqa: ANN201
                 slope = tl.load(alibi_ptr + head * G + g).to(tl.float32) * LOG2E
             table = table_ptr + r.to(tl.int64) * st_r
             m = tl.full([ROWS], float("-inf"), tl.float32)
-            l = tl.zeros([ROWS], tl.float32)  # noqa: E741
-            if SWAP:
-                acc = tl.zeros([DVP, ROWS], tl.float32)
-            else:
-                acc = tl.zeros([ROWS, DVP], tl.float32)
+            norm = tl.zeros([ROWS], tl.float32)
+            acc = tl.zeros([DVP, ROWS] if SWAP else [ROWS, DVP], tl.float32)
             ahead = lo + tl.arange(0, TILE)
             ids = tl.load(table + ahead // BLOCK_SIZE, mask=ahead < length, other=0)
             for start in tl.range(lo, hi, TILE, num_stages=STAGES):
@@ -127,41 +133,46 @@ def decode_kernel(  # noqa: ANN201
                             eviction_policy=policy)  # fmt: skip
                 v = tl.load(v_head + v_row[:, None] + dv[None, :], mask=written[:, None] & (dv < DV)[None, :],
                             other=0.0, eviction_policy=policy)  # fmt: skip
+                # As attend_tile of prefill.py, so that both round alike.
+                factor = scale
                 if SWAP:  # keys are the rows of the matrix product, which fills it: queries are few
-                    s = tl.dot(k.to(q.dtype), tl.trans(q)) * scale
-                    if SOFT_CAP:
-                        s = soft_capped(s, soft_cap)
+                    s = tl.dot(k.to(q.dtype), tl.trans(q))
+                    distance = n[:, None] - position[None, :]
                     if ALIBI:
-                        s += slope[None, :] * (n[:, None] - position[None, :])
-                    if QUERIES > 1 or WINDOW > 0:
-                        seen = n[:, None] <= position[None, :]
-                        if WINDOW > 0:
-                            seen = seen & (n[:, None] > position[None, :] - WINDOW)
-                        s = tl.where(seen, s, float("-inf"))
-                    else:
-                        s = tl.where(written[:, None], s, float("-inf"))
-                    m_new = tl.maximum(m, tl.max(s, 0))
-                    w = tl.exp2(s - finite(m_new)[None, :])
+                        bias = slope[None, :] * distance
+                else:
+                    s = tl.dot(q, tl.trans(k.to(q.dtype)))
+                    distance = n[None, :] - position[:, None]
+                    if ALIBI:
+                        bias = slope[:, None] * distance
+                if SOFT_CAP:
+                    s = soft_capped(s * scale, soft_cap)
+                    factor = 1.0
+                elif ALIBI:
+                    s = s * scale
+                    factor = 1.0
+                if ALIBI:
+                    s += bias
+                if QUERIES > 1 or WINDOW > 0:
+                    seen = distance <= 0
+                    if WINDOW > 0:
+                        seen = seen & (distance > -WINDOW)
+                elif SWAP:
+                    seen = written[:, None]
+                else:
+                    seen = written[None, :]
+                s = tl.where(seen, s, float("-inf"))
+                if SWAP:
+                    m_new = tl.maximum(m, tl.max(s, 0) * factor)
+                    w = tl.exp2(s * factor - finite(m_new)[None, :])
                     alpha = tl.exp2(m - finite(m_new))
-                    l = l * alpha + tl.sum(w, 0)  # noqa: E741
+                    norm = norm * alpha + tl.sum(w, 0)
                     acc = tl.dot(tl.trans(v.to(q.dtype)), w.to(q.dtype), acc * alpha[None, :])
                 else:
-                    s = tl.dot(q, tl.trans(k.to(q.dtype))) * scale
-                    if SOFT_CAP:
-                        s = soft_capped(s, soft_cap)
-                    if ALIBI:
-                        s += slope[:, None] * (n[None, :] - position[:, None])
-                    if QUERIES > 1 or WINDOW > 0:
-                        seen = n[None, :] <= position[:, None]
-                        if WINDOW > 0:
-                            seen = seen & (n[None, :] > position[:, None] - WINDOW)
-                        s = tl.where(seen, s, float("-inf"))
-                    else:
-                        s = tl.where(written[None, :], s, float("-inf"))
-                    m_new = tl.maximum(m, tl.max(s, 1))
-                    w = tl.exp2(s - finite(m_new)[:, None])
+                    m_new = tl.maximum(m, tl.max(s, 1) * factor)
+                    w = tl.exp2(s * factor - finite(m_new)[:, None])
                     alpha = tl.exp2(m - finite(m_new))
-                    l = l * alpha + tl.sum(w, 1)  # noqa: E741
+                    norm = norm * alpha + tl.sum(w, 1)
                     acc = tl.dot(w.to(q.dtype), v.to(q.dtype), acc * alpha[:, None])
                 m = m_new
             if SWAP:
@@ -180,14 +191,14 @@ def decode_kernel(  # noqa: ANN201
                 at = row[:, None] * DVP + dv[None, :]
                 tl.store(part_ptr + slot.to(tl.int64) * (ROWS * DVP) + at, acc)
                 tl.store(part_ml_ptr + slot.to(tl.int64) * (2 * ROWS) + row, m)
-                tl.store(part_ml_ptr + slot.to(tl.int64) * (2 * ROWS) + ROWS + row, l)
+                tl.store(part_ml_ptr + slot.to(tl.int64) * (2 * ROWS) + ROWS + row, norm)
                 tl.debug_barrier()  # all of the program's stores come before its arrival
                 arrived = tl.atomic_add(count_ptr + r * HK + head, 1, sem="acq_rel")
                 done = arrived == p1 - p0
                 if done:
                     tl.store(count_ptr + r * HK + head, 0)  # as the next launch expects it
                     m = tl.full([ROWS], float("-inf"), tl.float32)
-                    l = tl.zeros([ROWS], tl.float32)  # noqa: E741
+                    norm = tl.zeros([ROWS], tl.float32)
                     acc = tl.zeros([ROWS, DVP], tl.float32)
                     for other in tl.range(p0, p1 + 1, loop_unroll_factor=4):
                         if FIXED > 0:
@@ -196,19 +207,21 @@ def decode_kernel(  # noqa: ANN201
                             slot = (other * 2 + (other * share < r_begin).to(tl.int32)) * HK + head
                         ml = part_ml_ptr + slot.to(tl.int64) * (2 * ROWS) + row
                         m1 = tl.load(ml, cache_modifier=".cg")
-                        l1 = tl.load(ml + ROWS, cache_modifier=".cg")
+                        norm1 = tl.load(ml + ROWS, cache_modifier=".cg")
                         acc1 = tl.load(part_ptr + slot.to(tl.int64) * (ROWS * DVP) + at, cache_modifier=".cg")
-                        m, l, acc = combined(m, l, acc, m1, l1, acc1)  # noqa: E741
+                        m, norm, acc = combined(m, norm, acc, m1, norm1, acc1)
             if done:
                 if SINKS:
                     sink = tl.load(sinks_ptr + head * G + g).to(tl.float32) * LOG2E
-                    m, l, acc = with_sink(m, l, acc, sink)  # noqa: E741
-                o = acc * (v_scale / tl.where(l == 0, 1.0, l))[:, None]
+                    m, norm, acc = with_sink(m, norm, acc, sink)
+                o = acc * (v_scale / tl.where(norm == 0, 1.0, norm))[:, None]
                 o_row = (token + index).to(tl.int64) * so_t + (head * G + g) * so_h
                 tl.store(out_ptr + o_row[:, None] + dv[None, :], o.to(out_ptr.dtype.element_ty),
                          mask=rows[:, None] & (dv < DV)[None, :])  # fmt: skip
                 if LSE:
-                    tl.store(lse_ptr + (token + index) * (HK * G) + head * G + g, (m + tl.log2(l)) / LOG2E, mask=rows)
+                    tl.store(
+                        lse_ptr + (token + index) * (HK * G) + head * G + g, (m + tl.log2(norm)) / LOG2E, mask=rows
+                    )
         t = tl.maximum(t_end, t)
         if t >= r_end:
             r += 1

@@ -6,12 +6,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
+from torch.nn.functional import pad
 
 from ....errors import BackendError
 from ...interface import AttentionCall, AttentionImpl, BuildRequest
 from ...metadata import StepMetadata
-from .configs import decode_config, prefill_config, short_queries
+from .configs import short_queries
 from .launch import DecodeWork, PrefillWork, Shape, decode, plan_decode, plan_prefill, prefill
+from .tuned import Configs, read_table
 
 GATHERED_BLOCK = 16
 """Tokens of a block of the small cache that gathered K and V are laid out as."""
@@ -38,13 +40,15 @@ class TritonImpl(AttentionImpl):
 
     :param request: its ``spec`` says for which layers :meth:`prepare` shares the work out already.
     :param compute_units: multiprocessors of the device.
+    :param configs: the kernels' configurations; ``None`` reads the table of the package.
     """
 
     name = "flash"
     capturable = True
 
-    def __init__(self, request: BuildRequest, compute_units: int) -> None:
+    def __init__(self, request: BuildRequest, compute_units: int, configs: Configs | None = None) -> None:
         self._request = request
+        self._configs = Configs(read_table()) if configs is None else configs
         self._units = compute_units
         self._invariant = request.config.batch_invariant
 
@@ -91,7 +95,7 @@ class TritonImpl(AttentionImpl):
         metadata: TritonStep,
         call: AttentionCall,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """As :meth:`forward`, and the natural logarithm of every row's sum, (T, Hq) float32; -inf where it saw no key."""
+        """As :meth:`forward`, and the logarithm of every row's sum, (T, Hq) float32; -inf where it saw no key."""
         lse = torch.empty(query.shape[:2], dtype=torch.float32, device=query.device)
         return self._run(query, key_cache, value_cache, metadata, call, lse), lse
 
@@ -157,16 +161,14 @@ class TritonImpl(AttentionImpl):
             prepared.works[key] = self._shared_out(prepared.step, shape, window, causal=causal, narrow=narrow)
         return prepared.works[key]
 
-    def _shared_out(
-        self, step: StepMetadata, shape: Shape, window: int | None, *, causal: bool, narrow: bool
-    ) -> Works:
+    def _shared_out(self, step: StepMetadata, shape: Shape, window: int | None, *, causal: bool, narrow: bool) -> Works:
         """One query token decodes; a few take the same kernel with more rows, if causal; the others prefill."""
         device, lens = self._request.device, step.query_lens_host
         most = short_queries(shape.group) if causal and not self._invariant else 1
         decodes = []
         for fewest, queries in ((1, 1), (2, most)):
             if any(fewest <= count <= queries for count in lens):
-                config = decode_config(
+                config = self._configs.decode(
                     device, head_size=shape.padded, rows=queries * shape.group, narrow=narrow,
                     invariant=self._invariant, max_model_len=self._request.max_model_len,
                 )  # fmt: skip
@@ -176,16 +178,16 @@ class TritonImpl(AttentionImpl):
         long = [(count, length) for count, length in zip(lens, step.seq_lens_host, strict=True) if count > most]
         if not long:
             return Works(tuple(decodes), None)
-        config = prefill_config(
+        tiles = self._configs.prefill(
             device, shape.head_size, shape.head_size_v, shape.group,
             queries=sum(count for count, _ in long), keys=sum(length for _, length in long),
             block_size=step.block_size, causal=causal, narrow=narrow,
             invariant=self._invariant, max_model_len=self._request.max_model_len,
         )  # fmt: skip
-        return Works(tuple(decodes), plan_prefill(step, shape, config, fewest=most + 1))
+        return Works(tuple(decodes), plan_prefill(step, shape, tiles, fewest=most + 1))
 
 
 def _as_blocks(gathered: Sequence[torch.Tensor]) -> torch.Tensor:
     """Per request (length, Hk, D) -> (num_blocks, GATHERED_BLOCK, Hk, D), each request filled up with zeros."""
-    filled = [torch.nn.functional.pad(rows, (0, 0, 0, 0, 0, -rows.shape[0] % GATHERED_BLOCK)) for rows in gathered]
-    return torch.cat(filled).unflatten(0, (-1, GATHERED_BLOCK)).contiguous()
+    filled = torch.cat([pad(rows, (0, 0, 0, 0, 0, -rows.shape[0] % GATHERED_BLOCK)) for rows in gathered])
+    return filled.view(-1, GATHERED_BLOCK, *filled.shape[1:])

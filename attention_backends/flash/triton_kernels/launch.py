@@ -13,7 +13,6 @@ from ...metadata import StepMetadata
 from .configs import DecodeConfig, PrefillConfig
 from .decode import decode_kernel, plan_kernel
 from .prefill import COPIES, GATHERED, PAGE_TILES, PAGES, gather_kernel, prefill_kernel
-from .prefill_ws import prefill_ws_kernel
 
 LOG2E = 1.4426950408889634
 SOURCES = {"pages": PAGES.value, "gathered": GATHERED.value, "page tiles": PAGE_TILES.value, "copies": COPIES.value}
@@ -36,12 +35,12 @@ class Shape:
     @property
     def padded(self) -> int:
         """The head size as tiles have it."""
-        return max(16, triton.next_power_of_2(self.head_size))
+        return max(16, int(triton.next_power_of_2(self.head_size)))
 
     @property
     def padded_v(self) -> int:
         """The value's head size as tiles have it."""
-        return max(16, triton.next_power_of_2(self.head_size_v))
+        return max(16, int(triton.next_power_of_2(self.head_size_v)))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -77,7 +76,7 @@ def plan_decode(
         programs = min(slots, 4 * programs)
     starts, first, count = (
         torch.empty(size, dtype=torch.int32, device=device)
-        for size in (step.num_requests + 1, programs, step.num_requests * heads)
+        for size in (step.num_requests + 2, programs, step.num_requests * heads)
     )
     partial = torch.empty(slots * heads * rows * (shape.padded_v + 2), dtype=torch.float32, device=device)
     work = DecodeWork(
@@ -132,7 +131,7 @@ class PrefillWork:
 
 def plan_prefill(step: StepMetadata, shape: Shape, config: PrefillConfig, *, fewest: int) -> PrefillWork:
     """Tiles of the requests with ``fewest`` query tokens or more, made on the host."""
-    tokens = config.block_m if config.specialised else config.block_m // shape.group
+    tokens = config.block_m // shape.group
     found = [
         (length - queries + tile * tokens, request, tile)
         for request, (length, queries) in enumerate(zip(step.seq_lens_host, step.query_lens_host, strict=True))
@@ -169,31 +168,16 @@ def prefill(
         keys, values = _gather(query.dtype, key_cache, value_cache, step, shape, work)
     key_tiles, value_tiles = _descriptors(keys, values, shape, config)
     scale = call.scale * call.key_scale * LOG2E
-    options = {
-        "BLOCK_SIZE": key_cache.shape[1], "BLOCK_M": config.block_m, "BLOCK_N": config.block_n,
-        "SOURCE": SOURCES[config.source], "STAGES": config.stages, "WINDOW": call.sliding_window or 0,
-        "SOFT_CAP": call.soft_cap is not None, "SINKS": call.sinks is not None,
-        "ALIBI": call.alibi_slopes is not None, "LSE": lse is not None,
-        "num_warps": config.warps, "num_stages": config.stages,
-    }  # fmt: skip
-    if config.specialised:
-        from triton.tools.tensor_descriptor import TensorDescriptor
-
-        rows = TensorDescriptor.from_tensor(query.flatten(1), [config.block_m, shape.head_size])
-        prefill_ws_kernel[(len(work.items) * shape.num_heads,)](
-            out, lse, rows, key_tiles, value_tiles, step.block_table, step.seq_lens, step.query_start, work.base,
-            work.items, call.sinks, call.alibi_slopes, scale, call.soft_cap or 1.0, float(call.value_scale), work.rows,
-            step.block_table.stride(0), *out.stride()[:2],
-            HQ=shape.num_heads, G=shape.group, D=shape.head_size, DV=shape.head_size_v, **options,
-        )  # fmt: skip
-        return
     prefill_kernel[(len(work.items) * shape.num_kv_heads,)](
         out, lse, query, keys, values, key_tiles, value_tiles, step.block_table, step.seq_lens, step.query_start,
         work.base, work.items, call.sinks, call.alibi_slopes, scale, call.soft_cap or 1.0, float(call.value_scale),
         work.rows, *query.stride()[:2], *key_cache.stride()[:3], *value_cache.stride()[:3],
         step.block_table.stride(0), *out.stride()[:2],
         HK=shape.num_kv_heads, G=shape.group, D=shape.head_size, DP=shape.padded, DV=shape.head_size_v,
-        DVP=shape.padded_v, CAUSAL=call.causal, FIXED=config.fixed, **options,
+        DVP=shape.padded_v, BLOCK_SIZE=key_cache.shape[1], BLOCK_M=config.block_m, BLOCK_N=config.block_n,
+        SOURCE=SOURCES[config.source], STAGES=config.stages, CAUSAL=call.causal, WINDOW=call.sliding_window or 0,
+        SOFT_CAP=call.soft_cap is not None, SINKS=call.sinks is not None, ALIBI=call.alibi_slopes is not None,
+        LSE=lse is not None, FIXED=config.fixed, num_warps=config.warps, num_stages=config.stages,
     )  # fmt: skip
 
 

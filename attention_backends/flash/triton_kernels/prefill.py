@@ -18,7 +18,7 @@ COPIES: tl.constexpr = tl.constexpr(3)
 
 
 @triton.jit(do_not_specialize=["rows"])
-def gather_kernel(  # noqa: ANN201
+def gather_kernel(
     k_ptr, v_ptr, k_out_ptr, v_out_ptr, table_ptr, seq_lens_ptr, base_ptr, sk_b, sk_t, sk_h, sv_b, sv_t, sv_h, st_r,
     rows, HK: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, DV: tl.constexpr, DVP: tl.constexpr,
     BLOCK_SIZE: tl.constexpr, TOKENS: tl.constexpr,
@@ -45,7 +45,7 @@ def gather_kernel(  # noqa: ANN201
 
 
 @triton.jit
-def load_tile(  # noqa: ANN201
+def load_tile(
     ptr, desc, table, start, length, base, head, s_b, s_t,
     D: tl.constexpr, DP: tl.constexpr, BLOCK_SIZE: tl.constexpr, BLOCK_N: tl.constexpr, SOURCE: tl.constexpr,
     MASKED: tl.constexpr,
@@ -80,8 +80,8 @@ def load_tile(  # noqa: ANN201
 
 
 @triton.jit
-def attend_tile(  # noqa: ANN201
-    q, k, v, m, l, acc, start, length, position, slope, scale, soft_cap,  # noqa: E741
+def attend_tile(
+    q, k, v, m, norm, acc, start, length, position, slope, scale, soft_cap,
     BLOCK_N: tl.constexpr, CAUSAL: tl.constexpr, WINDOW: tl.constexpr, SOFT_CAP: tl.constexpr, ALIBI: tl.constexpr,
     MASKED: tl.constexpr,
 ):  # fmt: skip
@@ -96,10 +96,9 @@ def attend_tile(  # noqa: ANN201
     if ALIBI:
         s += slope[:, None] * (n[None, :] - position[:, None])
     if MASKED:
+        seen = n[None, :] < length  # the causal mask says it too, for rows that are not padding
         if CAUSAL:
             seen = n[None, :] <= position[:, None]
-        else:
-            seen = (n < length)[None, :] & (position >= 0)[:, None]
         if WINDOW > 0:
             seen = seen & (n[None, :] > position[:, None] - WINDOW)
             if not CAUSAL:
@@ -110,13 +109,13 @@ def attend_tile(  # noqa: ANN201
     m_sub = finite(m_new) if MASKED else m_new
     w = tl.exp2(s * factor - m_sub[:, None])
     alpha = tl.exp2(m - m_sub)
-    l = l * alpha + tl.sum(w, 1)  # noqa: E741
+    norm = norm * alpha + tl.sum(w, 1)
     acc = tl.dot(w.to(q.dtype), v.to(q.dtype), acc * alpha[:, None])
-    return m_new, l, acc
+    return m_new, norm, acc
 
 
 @triton.jit(do_not_specialize=["gathered_rows"])
-def prefill_kernel(  # noqa: ANN201
+def prefill_kernel(
     out_ptr, lse_ptr, q_ptr, k_ptr, v_ptr, k_desc, v_desc, table_ptr, seq_lens_ptr, query_start_ptr, base_ptr,
     items_ptr, sinks_ptr, alibi_ptr, scale, soft_cap, v_scale, gathered_rows,
     sq_t, sq_h, sk_b, sk_t, sk_h, sv_b, sv_t, sv_h, st_r, so_t, so_h,
@@ -140,7 +139,7 @@ def prefill_kernel(  # noqa: ANN201
     token = tl.load(query_start_ptr + r)
     queries = tl.load(query_start_ptr + r + 1) - token
     base = 0
-    if SOURCE == GATHERED or SOURCE == COPIES:
+    if (SOURCE == GATHERED) | (SOURCE == COPIES):
         base = head * gathered_rows + tl.load(base_ptr + r)
     row = tl.arange(0, BLOCK_M)
     g = row % G
@@ -181,29 +180,30 @@ def prefill_kernel(  # noqa: ANN201
     full_from = tl.minimum(full_from, full_to)
 
     m = tl.full([BLOCK_M], float("-inf"), tl.float32)
-    l = tl.zeros([BLOCK_M], tl.float32)  # noqa: E741
+    norm = tl.zeros([BLOCK_M], tl.float32)
     acc = tl.zeros([BLOCK_M, DVP], tl.float32)
     if FIXED > 0:  # every segment by itself, then added up in order, every tile masked: what decode computes
         SEGMENT: tl.constexpr = FIXED * BLOCK_N
         for segment in range(lo // SEGMENT * SEGMENT, hi, SEGMENT):
             m1 = tl.full([BLOCK_M], float("-inf"), tl.float32)
-            l1 = tl.zeros([BLOCK_M], tl.float32)
+            norm1 = tl.zeros([BLOCK_M], tl.float32)
             acc1 = tl.zeros([BLOCK_M, DVP], tl.float32)
-            for start in tl.range(tl.maximum(segment, lo), tl.minimum(segment + SEGMENT, hi), BLOCK_N, num_stages=STAGES):
+            end = tl.minimum(segment + SEGMENT, hi)
+            for start in tl.range(tl.maximum(segment, lo), end, BLOCK_N, num_stages=STAGES):
                 k = load_tile(k_head, k_desc, table, start, length, base, head, sk_b, sk_t, D, DP, BLOCK_SIZE,
                               BLOCK_N, SOURCE, True)  # fmt: skip
                 v = load_tile(v_head, v_desc, table, start, length, base, head, sv_b, sv_t, DV, DVP, BLOCK_SIZE,
                               BLOCK_N, SOURCE, True)  # fmt: skip
-                m1, l1, acc1 = attend_tile(q, k, v, m1, l1, acc1, start, length, position, slope, scale, soft_cap,
+                m1, norm1, acc1 = attend_tile(q, k, v, m1, norm1, acc1, start, length, position, slope, scale, soft_cap,
                                            BLOCK_N, CAUSAL, WINDOW, SOFT_CAP, ALIBI, True)  # fmt: skip
-            m, l, acc = combined(m, l, acc, m1, l1, acc1)  # noqa: E741
+            m, norm, acc = combined(m, norm, acc, m1, norm1, acc1)
     else:
         for start in tl.range(full_from, full_to, BLOCK_N, num_stages=STAGES):
             k = load_tile(k_head, k_desc, table, start, length, base, head, sk_b, sk_t, D, DP, BLOCK_SIZE,
                           BLOCK_N, SOURCE, False)  # fmt: skip
             v = load_tile(v_head, v_desc, table, start, length, base, head, sv_b, sv_t, DV, DVP, BLOCK_SIZE,
                           BLOCK_N, SOURCE, False)  # fmt: skip
-            m, l, acc = attend_tile(q, k, v, m, l, acc, start, length, position, slope, scale, soft_cap,  # noqa: E741
+            m, norm, acc = attend_tile(q, k, v, m, norm, acc, start, length, position, slope, scale, soft_cap,
                                     BLOCK_N, CAUSAL, WINDOW, SOFT_CAP, ALIBI, False)  # fmt: skip
         leading = tl.maximum(full_from - lo, 0) // BLOCK_N
         for number in tl.range(0, leading + tl.cdiv(tl.maximum(hi - full_to, 0), BLOCK_N), num_stages=1):
@@ -212,14 +212,14 @@ def prefill_kernel(  # noqa: ANN201
                           BLOCK_N, SOURCE, True)  # fmt: skip
             v = load_tile(v_head, v_desc, table, start, length, base, head, sv_b, sv_t, DV, DVP, BLOCK_SIZE,
                           BLOCK_N, SOURCE, True)  # fmt: skip
-            m, l, acc = attend_tile(q, k, v, m, l, acc, start, length, position, slope, scale, soft_cap,  # noqa: E741
+            m, norm, acc = attend_tile(q, k, v, m, norm, acc, start, length, position, slope, scale, soft_cap,
                                     BLOCK_N, CAUSAL, WINDOW, SOFT_CAP, ALIBI, True)  # fmt: skip
     if SINKS:
         sink = tl.load(sinks_ptr + head * G + g).to(tl.float32) * LOG2E
-        m, l, acc = with_sink(m, l, acc, sink)  # noqa: E741
-    o = acc * (v_scale / tl.where(l == 0, 1.0, l))[:, None]
+        m, norm, acc = with_sink(m, norm, acc, sink)
+    o = acc * (v_scale / tl.where(norm == 0, 1.0, norm))[:, None]
     o_row = (token + index).to(tl.int64) * so_t + (head * G + g) * so_h
     tl.store(out_ptr + o_row[:, None] + dv[None, :], o.to(out_ptr.dtype.element_ty),
              mask=rows[:, None] & (dv < DV)[None, :])  # fmt: skip
     if LSE:
-        tl.store(lse_ptr + (token + index) * (HK * G) + head * G + g, (m + tl.log2(l)) / LOG2E, mask=rows)
+        tl.store(lse_ptr + (token + index) * (HK * G) + head * G + g, (m + tl.log2(norm)) / LOG2E, mask=rows)

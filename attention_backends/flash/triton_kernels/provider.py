@@ -6,11 +6,12 @@ from collections.abc import Callable
 from importlib import metadata
 from importlib.util import find_spec
 
+from ....cache.specs import AttentionSpec
 from ....config import LAYOUTS
 from ....device import DeviceFacts
 from ....errors import BackendError
 from ...interface import AttentionImpl, BuildRequest, Capabilities, Probe
-from ..providers import FlashProvider
+from ..providers import FlashProvider, build_refusals
 
 HALF = frozenset({"bfloat16", "float16"})
 FP8 = frozenset({"fp8_e4m3", "fp8_e5m2"})
@@ -18,6 +19,8 @@ INSTALL = "pip install 'triton>=3.4'"
 LEAST = (3, 4)
 LEAST_CAPABILITY = (8, 0)
 FP8_CAPABILITY = (8, 9)
+HEAD_SIZE_MULTIPLE = 8
+MAX_HEAD_SIZE = 256
 
 
 def installed_version() -> str | None:
@@ -48,17 +51,27 @@ class TritonProvider(FlashProvider):
         fp8 = FP8 if capability is None or capability >= FP8_CAPABILITY else frozenset({"fp8_e5m2"})
         return Capabilities(
             name="flash",
+            owner="flash by triton",
             dtypes=HALF,
             kv_cache_dtypes=HALF | fp8,
             kernel_block_multiple=16,
-            head_size_multiple=8,
-            max_head_size=256,
+            head_size_multiple=HEAD_SIZE_MULTIPLE,
+            max_head_size=MAX_HEAD_SIZE,
             layouts=LAYOUTS,
             batch_invariant=True,
             sliding_window=True,
             soft_cap=True,
             sinks=True,
+            encoder_only=True,
             mla=True,
+        )
+
+    def spec_refusal(self, spec: AttentionSpec) -> str | None:
+        """V's head size is bound as K's is."""
+        if spec.mla or (spec.head_size_v <= MAX_HEAD_SIZE and spec.head_size_v % HEAD_SIZE_MULTIPLE == 0):
+            return None
+        return (
+            f"reads head sizes of a multiple of {HEAD_SIZE_MULTIPLE} up to {MAX_HEAD_SIZE}, not V's {spec.head_size_v}"
         )
 
     def probe(self, device: DeviceFacts) -> Probe:
@@ -73,10 +86,13 @@ class TritonProvider(FlashProvider):
 
         :raises BackendError: where Triton or the device is too old, and for a request outside :meth:`constraints`.
         """
-        refusal = self._why_not(request.device) or _outside(request, self.constraints(request.device))
-        if refusal is not None:
+        refusal = self._why_not(request.device) or "; ".join(build_refusals(self, request))
+        if refusal:
             raise BackendError(
-                f"flash by triton: {refusal}", option="backend", value="flash", expected="another provider or backend"
+                f"flash by triton: {refusal}",
+                option="flash_provider",
+                value=self.name,
+                expected="another provider or backend",
             )
         from .impl import TritonImpl
 
@@ -96,21 +112,6 @@ class TritonProvider(FlashProvider):
                 f"{device.name} has {capability[0]}.{capability[1]}"
             )
         return None
-
-
-def _outside(request: BuildRequest, can: Capabilities) -> str | None:
-    """Why the request is outside what the kernels can do, or ``None``."""
-    spec = request.spec
-    if request.dtype not in can.dtypes:
-        return f"dtype {request.dtype} is none of {', '.join(sorted(can.dtypes))}"
-    if spec.dtype not in can.kv_cache_dtypes:
-        return f"K and V of dtype {spec.dtype} are none of {', '.join(sorted(can.kv_cache_dtypes))}"
-    if request.block_size % can.kernel_block_multiple:
-        return f"a block of {request.block_size} tokens is not a multiple of {can.kernel_block_multiple}"
-    for size in () if spec.mla else (spec.head_size, spec.head_size_v):
-        if size > can.max_head_size or size % can.head_size_multiple:
-            return f"head size {size} is not a multiple of {can.head_size_multiple} up to {can.max_head_size}"
-    return None
 
 
 def _compute_units(device: DeviceFacts) -> int:

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from types import FunctionType
 from typing import Any
 
 import torch
+
+from .merging import merge_linears
 
 CompiledForward = Callable[..., Any]
 
@@ -51,17 +54,27 @@ class CompiledLayers:
     def _forward_of(self, kind: type, one_token: bool) -> CompiledForward:
         if (kind, one_token) not in self._compiled:
             forward: Any = kind.forward  # type: ignore[attr-defined]
-            options = self._one_token if one_token else self._options
+            backend = partial(self._compile, one_token)
             # A function of its own for each, since compiled code is kept by function.
-            self._compiled[kind, one_token] = torch.compile(
-                _copied(forward), backend=self._backend, fullgraph=True, options=options
-            )
+            self._compiled[kind, one_token] = torch.compile(_copied(forward), backend=backend, fullgraph=True)
         return self._compiled[kind, one_token]
+
+    def _compile(self, one_token: bool, module: torch.fx.GraphModule, inputs: list[Any]) -> Any:
+        from torch._dynamo import lookup_backend
+
+        merge_linears(module, alone=one_token)
+        options = self._one_token if one_token else self._options
+        backend: Any = lookup_backend(self._backend)
+        return backend(module, inputs, config_patches=options) if options else backend(module, inputs)
 
 
 def _copied(function: FunctionType) -> FunctionType:
     copied = FunctionType(
-        function.__code__.replace(), function.__globals__, function.__name__, function.__defaults__, function.__closure__
+        function.__code__.replace(),
+        function.__globals__,
+        function.__name__,
+        function.__defaults__,
+        function.__closure__,
     )
     copied.__kwdefaults__ = function.__kwdefaults__
     return copied

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 
 from ....attention_backends.persistent import copy_to_persistent
-from ....cache.staging import stage
+from ....cache.staging import on_host
 from ....hybrid.mixers.batch import StateBatch
 from .rows import ON_DEVICE, Row
 from .seats import Seats
@@ -39,7 +39,7 @@ class DecodeInputs:
         for group in self._groups:
             fields.append([*(row.request.tables[group].blocks[0] for row in rows), *[-1] * missing])
         numbers = [number for field in fields for number in field]
-        copy_to_persistent(self._buffer, stage(numbers, torch.int64, self._device))
+        copy_to_persistent(self._buffer, on_host(numbers, torch.int64, self._device))
 
     def ids(self, size: int) -> torch.Tensor:
         """(size,) token ids: the host's, or the last sampled one of the row's seat."""

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 from .building import StepBuilder
+from .choosing import likeliest
 from .context import PackedStep
 from .decode_inputs import DecodeInputs
 from .rows import Row
@@ -92,6 +93,6 @@ class DecodeGraphs:
 
     def _run(self, size: int, step: PackedStep) -> tuple[torch.Tensor, torch.Tensor]:
         logits = self._forward(step, self._inputs.ids(size), self._inputs.positions(size))
-        tokens = logits.argmax(dim=-1)
+        tokens = likeliest(logits)
         self._inputs.keep(tokens)
         return logits, tokens

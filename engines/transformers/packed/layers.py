@@ -54,8 +54,8 @@ def _decoder_layers(model: Any, num_layers: int) -> Sequence[torch.nn.Module]:
     if not isinstance(layers, torch.nn.ModuleList) or len(layers) != num_layers:
         raise UnsupportedModelError(
             f"{type(model).__name__} does not keep its {num_layers} decoder layers in base_model.layers, where packed"
-            " steps enter them; use state_mixers='model'",
-            option="state_mixers",
+            " steps enter them; use packed_steps=False",
+            option="packed_steps",
             value=type(model).__name__,
             expected=f"base_model.layers of {num_layers} modules",
         )

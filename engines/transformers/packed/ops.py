@@ -16,6 +16,7 @@ from ....attention_backends.interface import AttentionCall
 from ....cache.write import write_kv
 from ....errors import BackendError
 from .context import ForwardContext, running
+from .linears import like_linears, linears
 
 _NAMESPACE = "makeready"
 NO_LIMIT = (0.0, math.inf)
@@ -28,6 +29,7 @@ _SCHEMAS = {
     "mamba1": "(Tensor x, Tensor dt, Tensor A, Tensor B, Tensor C, Tensor? D, Tensor? z, Tensor? dt_bias,"
     " bool dt_softplus) -> Tensor",
     "gated_delta": "(Tensor q, Tensor k, Tensor v, Tensor g, Tensor beta, bool l2norm, float? scale) -> Tensor",
+    "linears": "(Tensor x, Tensor[] weights) -> Tensor[]",
     "kda": "(Tensor q, Tensor k, Tensor v, Tensor g, Tensor beta, bool l2norm, float? scale) -> Tensor",
 }
 
@@ -43,6 +45,7 @@ def operators() -> Any:
         "mamba1": (_mamba1, _like_first),
         "gated_delta": (_gated_delta, _like_value),
         "kda": (_kda, _like_value),
+        "linears": (linears, like_linears),
     }
     for name, (run, shape) in implementations.items():
         library.define(name + _SCHEMAS[name])

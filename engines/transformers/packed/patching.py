@@ -60,7 +60,7 @@ def exchange_for(model: torch.nn.Module, traits: Traits) -> Exchange:
     if traits.kernels is None:
         raise UnsupportedModelError(
             f"requests of {traits.model_type} cannot be packed: its state mixer has no kernel of makeready's",
-            option="state_mixers",
+            option="packed_steps",
             value=traits.model_type,
             expected="a family with kernels for its mixers",
         )
@@ -88,7 +88,7 @@ def _named(function: Callable[..., Any]) -> list[str]:
 def _moved(module: ModuleType, traits: Traits, what: str, name: str) -> UnsupportedModelError:
     return UnsupportedModelError(
         f"{module.__name__} {what}, through which packed steps compute the state mixers of {traits.model_type}; this"
-        " transformers is not one of those they were made for: use state_mixers='model'",
+        " transformers is not one of those they were made for: use packed_steps=False",
         option="transformers",
         value=module.__name__,
         expected=name,

@@ -18,6 +18,7 @@ from ..scheduler import Step
 from .attention import EXPANDED, NAME, register
 from .building import StepBuilder
 from .cache import PackedCache
+from .choosing import likeliest
 from .context import ForwardContext, PackedStep, forward_of
 from .decode_inputs import DecodeInputs
 from .flight import Flight
@@ -111,7 +112,7 @@ class PackedRunner:
         sampled, ends = self._sampled(rows)
         ids, positions = self._input_ids(rows, seats), self._positions(rows)
         logits = self._in_context(self._builder.build(rows), ids, positions, ends)
-        tokens = logits.argmax(dim=-1)
+        tokens = likeliest(logits)
         places = stage([seats[index] for index in sampled], torch.int64, self._device)
         self._seats.last_tokens.index_copy_(0, places, tokens)
         return logits, tokens

@@ -9,8 +9,10 @@ from .chunks import chunk_table
 from .kernels.conv import conv_chunk, conv_step
 from .tiles import power_of_two
 
-_TOKENS = 32
-"""Tokens of a tile; more than any kernel is wide."""
+_TOKENS, _CHANNELS = 16, 256
+"""Tokens (no fewer than a kernel is wide) and channels of a tile."""
+_STEP_CHANNELS = 256
+"""Channels of one request that a program steps."""
 
 
 def causal_conv(
@@ -25,25 +27,30 @@ def causal_conv(
     out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     channels, kernel = weight.shape
     columns = state.shape[-1]
-    block = 128
     constants = {
         "W": columns,
         "W_PADDED": power_of_two(columns),
         "K": kernel,
         "BIAS": bias is not None,
         "SILU": activation == "silu",
-        "BLOCK_C": block,
     }
     tensors = (x, weight, bias, state, out, batch.slots, batch.fresh, batch.query_start)
     strides = (x.stride(0), *weight.stride(), *state.stride(), out.stride(0))
-    across = -(-channels // block)
-    if batch.num_requests:
-        conv_step[(across, batch.num_requests)](
-            *tensors, channels, *strides, **constants, PACKED=batch.decode_only, num_warps=4
+    if batch.num_requests and batch.may_have_decodes:
+        conv_step[(-(-channels // _STEP_CHANNELS), batch.num_requests)](
+            *tensors, channels, *strides, **constants, PACKED=batch.decode_only, BLOCK_C=_STEP_CHANNELS, num_warps=4
         )
     if batch.max_query_len > 1:
-        chunks = chunk_table(batch, _TOKENS, x.shape[0])
-        conv_chunk[(chunks.shape[0], across)](
-            *tensors, chunks, batch.num_requests, channels, *strides, **constants, BLOCK_T=_TOKENS, num_warps=4
+        chunks, _ = chunk_table(batch, _TOKENS, x.shape[0])
+        conv_chunk[(chunks.shape[0], -(-channels // _CHANNELS))](
+            *tensors,
+            chunks,
+            batch.num_requests,
+            channels,
+            *strides,
+            **constants,
+            BLOCK_T=_TOKENS,
+            BLOCK_C=_CHANNELS,
+            num_warps=4,
         )
     return out

@@ -6,7 +6,7 @@ import torch
 
 from ..batch import StateBatch
 from .chunks import chunk_table
-from .kernels.delta import delta_prepare, delta_scan, delta_step
+from .kernels.delta import delta_outputs, delta_prepare, delta_states, delta_step, kda_scan
 from .tiles import Tile, delta_tile, power_of_two, products, step_tile
 
 
@@ -29,34 +29,51 @@ def delta(
     out = torch.empty(v.shape, dtype=v.dtype, device=v.device)
     channels = g.dim() == 3
     step, scan = tiles or (step_tile(width, size, state.element_size()), delta_tile(width, v.dtype, channels))
+    if not batch.num_requests:
+        return out
     where = (batch.slots, batch.fresh, batch.query_start)
     sides = (*q.stride()[:2], *k.stride()[:2])
     decays = (*g.stride()[:2], beta.stride(0))
-    pages = (*state.stride(), *out.stride()[:2])
-    constants = {"HEADS_PER_KEY": heads // key_heads, "CHANNELS": channels, "NORMALISE": l2norm}
-    requests = batch.num_requests
-    if requests:
-        delta_step[(-(-width // step.rows), heads, requests)](
-            q, k, v, g, beta, state, out, *where, size, width, scale, *sides, *v.stride()[:2], *decays, *pages,
-            **constants, PACKED=batch.decode_only, BLOCK_K=power_of_two(size), BLOCK_V=step.rows,
-            num_warps=step.warps,
+    shared = {"HEADS_PER_KEY": heads // key_heads}
+    if batch.may_have_decodes:
+        delta_step[(-(-width // step.rows), heads, batch.num_requests)](
+            q, k, v, g, beta, state, out, *where, size, width, scale, *sides, *v.stride()[:2], *decays,
+            *state.stride(), *out.stride()[:2], **shared, CHANNELS=channels, NORMALISE=l2norm,
+            PACKED=batch.decode_only, BLOCK_K=power_of_two(size), BLOCK_V=step.rows, num_warps=step.warps,
         )  # fmt: skip
-    if batch.max_query_len > 1:
-        tokens = v.shape[0]
-        chunks = chunk_table(batch, scan.tokens, tokens)
-        pairs = torch.empty(2, tokens, heads, scan.tokens, dtype=v.dtype, device=v.device)
-        lines = torch.empty(3, heads, tokens, dtype=torch.float32, device=v.device)
-        blocks = {"BLOCK_K": power_of_two(size, 16), "BLOCK_L": scan.tokens}
-        delta_prepare[(chunks.shape[0], heads)](
-            q, k, g, beta, pairs[0], pairs[1], lines[0], lines[1:], batch.query_start, chunks,
-            requests, size, tokens, scale, *sides, *decays, *pairs.stride()[1:3],
-            **constants, **blocks, **products(v.dtype), EXACT="ieee" if v.dtype == torch.float32 else "tf32x3",
-            num_warps=4,
+    if batch.max_query_len <= 1:
+        return out
+    tokens, length = v.shape[0], scan.tokens
+    chunks, firsts = chunk_table(batch, length, tokens)
+    count = chunks.shape[0]
+    pairs = torch.empty(2, tokens, heads, length, dtype=v.dtype, device=v.device)
+    lines = torch.empty(3, heads, tokens, dtype=torch.float32, device=v.device)
+    blocks = {"BLOCK_K": power_of_two(size, 16), "BLOCK_L": length, **products(v.dtype)}
+    delta_prepare[(count, heads)](
+        q, k, g, beta, pairs[0], pairs[1], lines[0], lines[1:], batch.query_start, chunks,
+        batch.num_requests, size, tokens, scale, *sides, *decays, *pairs.stride()[1:3],
+        **shared, **blocks, CHANNELS=channels, NORMALISE=l2norm,
+        EXACT="ieee" if v.dtype == torch.float32 else "tf32x3", num_warps=2 if channels else 4,
+    )  # fmt: skip
+    options = {"BLOCK_V": scan.rows, "num_warps": scan.warps, "num_stages": scan.stages}
+    walks = (-(-width // scan.rows), heads, batch.num_requests)
+    if channels:
+        kda_scan[walks](
+            q, k, v, g, beta, pairs[0], pairs[1], state, out, *where, size, width, scale,
+            *sides, *v.stride()[:2], *decays, *pairs.stride()[1:3], *state.stride(), *out.stride()[:2],
+            **shared, **blocks, NORMALISE=l2norm, **options,
         )  # fmt: skip
-        delta_scan[(-(-width // scan.rows), heads, requests)](
-            q, k, v, g, beta, pairs[0], pairs[1], lines[0], lines[1:], state, out, *where,
-            size, width, tokens, scale, *sides, *v.stride()[:2], *decays, *pairs.stride()[1:3], *pages,
-            **constants, **blocks, **products(v.dtype), BLOCK_V=scan.rows,
-            num_warps=scan.warps, num_stages=scan.stages,
-        )  # fmt: skip
+        return out
+    before = torch.empty(count, heads, size, width, dtype=v.dtype, device=v.device)
+    written = torch.empty(v.shape, dtype=v.dtype, device=v.device)
+    delta_states[walks](
+        k, v, beta, pairs[0], lines[0], lines[1:], state, before, written, *where, firsts, size, width, tokens,
+        *k.stride()[:2], *v.stride()[:2], beta.stride(0), *pairs.stride()[1:3], *state.stride(),
+        *before.stride()[:3], *written.stride()[:2], **shared, **blocks, **options,
+    )  # fmt: skip
+    delta_outputs[(-(-width // scan.rows), heads, count)](
+        q, pairs[1], lines[0], lines[1:], before, written, out, *where, chunks, batch.num_requests,
+        size, width, tokens, *q.stride()[:2], *pairs.stride()[1:3], *before.stride()[:3], *written.stride()[:2],
+        *out.stride()[:2], **shared, **blocks, BLOCK_V=scan.rows, num_warps=4,
+    )  # fmt: skip
     return out

@@ -43,15 +43,8 @@ def products(dtype: torch.dtype) -> dict[str, Any]:
 
 def step_tile(width: int, size: int, element_bytes: int) -> Tile:
     """A decode moves its state once: enough bytes a program to hide the latency, few enough registers for several."""
-    rows = 32768 // (power_of_two(size) * element_bytes)
+    rows = 16384 // (power_of_two(size) * element_bytes)
     return Tile(rows=max(1, min(rows, power_of_two(width))), warps=4)
-
-
-def scan_tile(width: int, size: int, dtype: torch.dtype) -> Tile:
-    """A mamba2 scan: the state stays in registers."""
-    if dtype == torch.float32:
-        return Tile(rows=min(32, power_of_two(width, 16)), tokens=16, warps=4)
-    return Tile(rows=min(64, power_of_two(width, 16)), tokens=64, warps=4, stages=2)
 
 
 def delta_tile(width: int, dtype: torch.dtype, channels: bool) -> Tile:
@@ -59,4 +52,4 @@ def delta_tile(width: int, dtype: torch.dtype, channels: bool) -> Tile:
     rows = power_of_two(width, 16)
     if dtype == torch.float32:
         return Tile(rows=min(32, rows), tokens=16, warps=4)
-    return Tile(rows=min(64, rows), tokens=16 if channels else 64, warps=4, stages=2)
+    return Tile(rows=64, tokens=16 if channels else 64, warps=4, stages=1 if channels else 2)

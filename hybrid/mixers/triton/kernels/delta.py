@@ -1,8 +1,10 @@
 """Delta rules, with one decay per head (gated delta net) or per key channel (KDA).
 
-A longer request takes two kernels. The first, over all chunks at once, inverts what tokens of a chunk do to each
-other; the second walks a request chunk by chunk with its state in registers. With G the log decays summed in a chunk:
-written = X beta (v - exp(G) k S), out = exp(G) q S + W written, S = exp(G_last) S + (exp(G_last - G) k)' written.
+With G the log decays summed in a chunk, a longer request is, chunk by chunk: written = X beta (v - exp(G) k S),
+out = exp(G) q S + W written, S = exp(G_last) S + (exp(G_last - G) k)' written. ``delta_prepare`` makes X and W of all
+chunks at once; ``delta_states`` walks each request with its state in registers and leaves the state before every chunk
+and what is written; ``delta_outputs`` does the rest for all chunks at once. KDA's chunks are too short for that, so
+``kda_scan`` computes outputs on its walk.
 """
 
 import triton
@@ -119,16 +121,23 @@ def delta_prepare(
     if CHANNELS:
         decays = tl.load(g + start * g_t + head * g_h + t[:, None] * g_t + i[None, :], mask=inside, other=0.0)
         total = tl.cumsum(decays.to(tl.float32), 0)
-        keys = key.to(tl.float32) * k_length[:, None]
-        queries = query.to(tl.float32) * q_length[:, None]
+        keys = key.to(tl.float32)
+        queries = query.to(tl.float32)
         alike = tl.zeros((BLOCK_L, BLOCK_L), tl.float32)
         seen = tl.zeros((BLOCK_L, BLOCK_L), tl.float32)
-        for other in range(BLOCK_L):  # pair by pair: a product of exp(G) and exp(-G) could overflow
-            chosen = (t == other)[:, None]
-            decay = tl.exp(tl.minimum(total - tl.sum(tl.where(chosen, total, 0.0), 0)[None, :], 0.0))
-            reached = tl.sum(tl.where(chosen, keys, 0.0), 0)[None, :] * decay
-            alike = tl.where((t == other)[None, :], tl.sum(keys * reached, 1)[:, None], alike)
-            seen = tl.where((t == other)[None, :], tl.sum(queries * reached, 1)[:, None], seen)
+        reached = tl.zeros((BLOCK_K,), tl.float32)
+        k += start * k_t + key_head * k_h + i
+        g += start * g_t + head * g_h + i
+        for other in range(tl.minimum(BLOCK_L, length)):  # pair by pair: exp(G) times exp(-G) could overflow
+            reached += tl.load(g, mask=rows, other=0.0).to(tl.float32)
+            given = tl.load(k, mask=rows, other=0.0).to(tl.float32)
+            given = given[None, :] * tl.exp(tl.minimum(total - reached[None, :], 0.0))
+            alike = tl.where((t == other)[None, :], tl.sum(keys * given, 1)[:, None], alike)
+            seen = tl.where((t == other)[None, :], tl.sum(queries * given, 1)[:, None], seen)
+            k += k_t
+            g += g_t
+        alike *= k_length[:, None] * k_length[None, :]
+        seen *= q_length[:, None] * k_length[None, :]
     else:
         total = tl.cumsum(tl.load(g + (start + t) * g_t + head * g_h, mask=valid, other=0.0).to(tl.float32), 0)
         gap = tl.exp(tl.minimum(total[:, None] - total[None, :], 0.0)) * k_length[None, :]
@@ -148,16 +157,128 @@ def delta_prepare(
 
 
 @triton.jit
-def delta_scan(
-    q, k, v, g, beta, inverses, weights, totals, lengths, state, out, slots, fresh, query_start,
-    key_size, width, num_tokens, scale,
+def delta_states(
+    k, v, beta, inverses, totals, lengths, state, before, written, slots, fresh, query_start, firsts,
+    key_size, width, num_tokens,
+    k_t, k_h, v_t, v_h, beta_t, pair_t, pair_h, state_s, state_h, state_k, state_v,
+    before_c, before_h, before_k, written_t, written_h,
+    HEADS_PER_KEY: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_L: tl.constexpr,
+    OPERAND: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """One decay per head: the state before each chunk of one request, what its tokens write, and the last state."""
+    j = tl.program_id(0) * BLOCK_V + tl.arange(0, BLOCK_V)
+    head = tl.program_id(1)
+    request = tl.program_id(2)
+    start = tl.load(query_start + request).to(tl.int64)
+    length = (tl.load(query_start + request + 1) - start).to(tl.int32)
+    slot = tl.load(slots + request).to(tl.int64)
+    if (length <= 1) | (slot < 0):
+        return
+    columns = j < width
+    t = tl.arange(0, BLOCK_L)
+    i = tl.arange(0, BLOCK_K)
+    rows = i < key_size
+    inside = rows[:, None] & columns[None, :]
+    known = tl.load(fresh + request) == 0
+    state += slot * state_s + head * state_h
+    page = i[:, None] * state_k + j[None, :] * state_v
+    s = tl.load(state + page, mask=inside & known, other=0.0).to(tl.float32)
+    k += start * k_t + head // HEADS_PER_KEY * k_h
+    v += start * v_t + head * v_h
+    beta += start * beta_t + head
+    inverses += start * pair_t + head * pair_h
+    written += start * written_t + head * written_h
+    totals += head.to(tl.int64) * num_tokens + start
+    lengths += head.to(tl.int64) * num_tokens + start
+    before += tl.load(firsts + request).to(tl.int64) * before_c + head * before_h
+    for first in range(0, length, BLOCK_L):
+        valid = first + t < length
+        tokens = valid[:, None] & columns[None, :]
+        old = s.to(OPERAND)
+        stored = inside & ((first > 0) | known)  # nobody reads the zeros before a fresh request
+        tl.store(before + i[:, None] * before_k + j[None, :], old.to(before.dtype.element_ty), mask=stored)
+        key = tl.load(k + t[:, None] * k_t + i[None, :], mask=valid[:, None] & rows[None, :], other=0.0).to(OPERAND)
+        value = tl.load(v + t[:, None] * v_t + j[None, :], mask=tokens, other=0.0).to(tl.float32)
+        inverse = tl.load(inverses + t[:, None] * pair_t + t[None, :], mask=valid[:, None], other=0.0).to(OPERAND)
+        amount = tl.load(beta + t * beta_t, mask=valid, other=0.0).to(tl.float32)
+        total = tl.load(totals + t, mask=valid, other=0.0)
+        last = tl.load(totals + tl.minimum(BLOCK_L, length - first) - 1)
+        k_length = tl.load(lengths + t, mask=valid, other=0.0)
+        seen = tl.dot(key, old, input_precision=PRECISION) * (tl.exp(total) * k_length)[:, None]
+        wanted = (value - seen) * amount[:, None]
+        new = tl.dot(inverse, wanted.to(OPERAND), input_precision=PRECISION)
+        tl.store(written + t[:, None] * written_t + j[None, :], new.to(written.dtype.element_ty), mask=tokens)
+        left = new * (tl.exp(last - total) * k_length)[:, None]
+        s = tl.dot(tl.trans(key), left.to(OPERAND), acc=s * tl.exp(last), input_precision=PRECISION)
+        k += BLOCK_L * k_t  # offsets inside a chunk stay 32-bit
+        v += BLOCK_L * v_t
+        beta += BLOCK_L * beta_t
+        inverses += BLOCK_L * pair_t
+        written += BLOCK_L * written_t
+        totals += BLOCK_L
+        lengths += BLOCK_L
+        before += before_c
+    tl.store(state + page, s.to(state.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def delta_outputs(
+    q, weights, totals, lengths, before, written, out, slots, fresh, query_start, chunks,
+    requests, key_size, width, num_tokens,
+    q_t, q_h, pair_t, pair_h, before_c, before_h, before_k, written_t, written_h, out_t, out_h,
+    HEADS_PER_KEY: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_L: tl.constexpr,
+    OPERAND: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """One decay per head: one chunk, one value head, BLOCK_V columns."""
+    chunk = tl.program_id(2)
+    request = tl.load(chunks + 2 * chunk)
+    if request >= requests:
+        return
+    number = tl.load(chunks + 2 * chunk + 1)
+    start = tl.load(query_start + request).to(tl.int64) + number * BLOCK_L
+    length = (tl.load(query_start + request + 1) - start).to(tl.int32)
+    j = tl.program_id(0) * BLOCK_V + tl.arange(0, BLOCK_V)
+    head = tl.program_id(1)
+    columns = j < width
+    t = tl.arange(0, BLOCK_L)
+    valid = t < length
+    tokens = valid[:, None] & columns[None, :]
+    out += start * out_t + head * out_h
+    if tl.load(slots + request) < 0:
+        nothing = tl.zeros((BLOCK_L, BLOCK_V), out.dtype.element_ty)
+        tl.store(out + t[:, None] * out_t + j[None, :], nothing, mask=tokens)
+        return
+    y = tl.zeros((BLOCK_L, BLOCK_V), tl.float32)
+    if (number > 0) | (tl.load(fresh + request) == 0):
+        i = tl.arange(0, BLOCK_K)
+        rows = i < key_size
+        before += chunk.to(tl.int64) * before_c + head * before_h
+        s = tl.load(before + i[:, None] * before_k + j[None, :], mask=rows[:, None] & columns[None, :], other=0.0)
+        q += start * q_t + head // HEADS_PER_KEY * q_h
+        query = tl.load(q + t[:, None] * q_t + i[None, :], mask=valid[:, None] & rows[None, :], other=0.0)
+        line = head.to(tl.int64) * num_tokens + start + t
+        total = tl.load(totals + line, mask=valid, other=0.0)
+        q_length = tl.load(lengths + tl.num_programs(1).to(tl.int64) * num_tokens + line, mask=valid, other=0.0)
+        y = tl.dot(query.to(OPERAND), s.to(OPERAND), input_precision=PRECISION) * (tl.exp(total) * q_length)[:, None]
+    pairs = start * pair_t + head * pair_h + t[:, None] * pair_t + t[None, :]
+    weight = tl.load(weights + pairs, mask=valid[:, None], other=0.0).to(OPERAND)
+    written += start * written_t + head * written_h
+    new = tl.load(written + t[:, None] * written_t + j[None, :], mask=tokens, other=0.0).to(OPERAND)
+    y = tl.dot(weight, new, acc=y, input_precision=PRECISION)
+    tl.store(out + t[:, None] * out_t + j[None, :], y.to(out.dtype.element_ty), mask=tokens)
+
+
+@triton.jit
+def kda_scan(
+    q, k, v, g, beta, inverses, weights, state, out, slots, fresh, query_start,
+    key_size, width, scale,
     q_t, q_h, k_t, k_h, v_t, v_h, g_t, g_h, beta_t, pair_t, pair_h,
     state_s, state_h, state_k, state_v, out_t, out_h,
-    HEADS_PER_KEY: tl.constexpr, CHANNELS: tl.constexpr, NORMALISE: tl.constexpr,
+    HEADS_PER_KEY: tl.constexpr, NORMALISE: tl.constexpr,
     BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_L: tl.constexpr,
     OPERAND: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """All tokens of one request of several, one value head, BLOCK_V columns of its state."""
+    """A decay per channel: all tokens of one request of several, one head, BLOCK_V columns of its state."""
     j = tl.program_id(0) * BLOCK_V + tl.arange(0, BLOCK_V)
     head = tl.program_id(1)
     request = tl.program_id(2)
@@ -190,8 +311,6 @@ def delta_scan(
     beta += start * beta_t + head
     inverses += start * pair_t + head * pair_h
     weights += start * pair_t + head * pair_h
-    totals += head.to(tl.int64) * num_tokens + start
-    lengths += head.to(tl.int64) * num_tokens + start
     for first in range(0, length, BLOCK_L):
         valid = first + t < length
         sides = valid[:, None] & rows[None, :]
@@ -203,35 +322,22 @@ def delta_scan(
         weight = tl.load(weights + pairs, mask=valid[:, None], other=0.0).to(OPERAND)
         amount = tl.load(beta + t * beta_t, mask=valid, other=0.0).to(tl.float32)
         old = s.to(OPERAND)
-        if CHANNELS:
-            queries = query.to(tl.float32) * scale
-            keys = key.to(tl.float32)
-            if NORMALISE:
-                queries *= inverse_length(query.to(tl.float32))[:, None]
-                keys *= inverse_length(keys)[:, None]
-            decays = tl.load(g + t[:, None] * g_t + i[None, :], mask=sides, other=0.0).to(tl.float32)
-            total = tl.cumsum(decays, 0)
-            last = tl.sum(decays, 0)
-            reach = tl.exp(total)
-            known_value = tl.dot((keys * reach).to(OPERAND), old, input_precision=PRECISION)
-            y = tl.dot((queries * reach).to(OPERAND), old, input_precision=PRECISION)
-            fed = (keys * tl.exp(last[None, :] - total)).to(OPERAND)
-            s = s * tl.exp(last)[:, None]
-        else:
-            total = tl.load(totals + t, mask=valid, other=0.0)
-            last = tl.load(totals + tl.minimum(BLOCK_L, length - first) - 1)
-            k_length = tl.load(lengths + t, mask=valid, other=0.0)
-            q_length = tl.load(lengths + tl.num_programs(1).to(tl.int64) * num_tokens + t, mask=valid, other=0.0)
-            reach = tl.exp(total)
-            known_value = tl.dot(key.to(OPERAND), old, input_precision=PRECISION) * (reach * k_length)[:, None]
-            y = tl.dot(query.to(OPERAND), old, input_precision=PRECISION) * (reach * q_length)[:, None]
-            fed = key.to(OPERAND)
-            s = s * tl.exp(last)
+        queries = query.to(tl.float32) * scale
+        keys = key.to(tl.float32)
+        if NORMALISE:
+            queries *= inverse_length(query.to(tl.float32))[:, None]
+            keys *= inverse_length(keys)[:, None]
+        decays = tl.load(g + t[:, None] * g_t + i[None, :], mask=sides, other=0.0).to(tl.float32)
+        total = tl.cumsum(decays, 0)
+        last = tl.sum(decays, 0)
+        reach = tl.exp(total)
+        known_value = tl.dot((keys * reach).to(OPERAND), old, input_precision=PRECISION)
+        y = tl.dot((queries * reach).to(OPERAND), old, input_precision=PRECISION)
+        fed = (keys * tl.exp(last[None, :] - total)).to(OPERAND)
+        s = s * tl.exp(last)[:, None]
         wanted = (value.to(tl.float32) - known_value) * amount[:, None]
         written = tl.dot(inverse, wanted.to(OPERAND), input_precision=PRECISION)
         y = tl.dot(weight, written.to(OPERAND), acc=y, input_precision=PRECISION)
-        if not CHANNELS:
-            written = written * (tl.exp(last - total) * k_length)[:, None]
         s = tl.dot(tl.trans(fed), written.to(OPERAND), acc=s, input_precision=PRECISION)
         tl.store(
             out + t[:, None] * out_t + j[None, :], y.to(out.dtype.element_ty), mask=valid[:, None] & columns[None, :]
@@ -243,7 +349,5 @@ def delta_scan(
         beta += BLOCK_L * beta_t
         inverses += BLOCK_L * pair_t
         weights += BLOCK_L * pair_t
-        totals += BLOCK_L
-        lengths += BLOCK_L
         out += BLOCK_L * out_t
     tl.store(page, s.to(state.dtype.element_ty), mask=inside)

@@ -1,7 +1,8 @@
-"""Mamba 2: one step per decode, and a scan that walks a longer request chunk by chunk with its state in registers.
+"""Mamba 2: one step per decode, and four kernels for longer requests, cut into chunks of L tokens.
 
-The scan keeps everything transposed, (P, tokens) and (P, N), so that the state is the left side of its products: it
-goes from accumulators to operands without leaving the registers.
+``decays`` prepares time steps and ``pairs`` the products of C and B, which all heads of a group share; ``states`` walks
+each request with a tile of its state in registers and leaves the state before every chunk; ``outputs`` then computes
+all chunks at once.
 """
 
 import triton
@@ -90,79 +91,154 @@ def mamba2_decays(
 
 
 @triton.jit
-def mamba2_scan(
-    x, B, C, D, z, steps, totals, state, out, slots, fresh, query_start,
+def mamba2_pairs(
+    B, C, pairs, query_start, chunks,
+    requests, size, B_t, B_g, C_t, C_g, pair_t, pair_g,
+    BLOCK_N: tl.constexpr, BLOCK_L: tl.constexpr, OPERAND: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """C of every token of one chunk times B of every other, for one group: (T, G, L)."""
+    request = tl.load(chunks + 2 * tl.program_id(0))
+    if request >= requests:
+        return
+    number = tl.load(chunks + 2 * tl.program_id(0) + 1)
+    group = tl.program_id(1)
+    start = tl.load(query_start + request).to(tl.int64) + number * BLOCK_L
+    length = (tl.load(query_start + request + 1) - start).to(tl.int32)
+    i = tl.arange(0, BLOCK_L)
+    n = tl.arange(0, BLOCK_N)
+    valid = i < length
+    B += start * B_t + group * B_g
+    C += start * C_t + group * C_g
+    product = tl.zeros((BLOCK_L, BLOCK_L), tl.float32)
+    for first in range(0, size, BLOCK_N):
+        inside = valid[:, None] & (first + n < size)[None, :]
+        b = tl.load(B + i[:, None] * B_t + first + n[None, :], mask=inside, other=0.0).to(OPERAND)
+        c = tl.load(C + i[:, None] * C_t + first + n[None, :], mask=inside, other=0.0).to(OPERAND)
+        product = tl.dot(c, tl.trans(b), acc=product, input_precision=PRECISION)
+    pairs += start * pair_t + group * pair_g
+    tl.store(pairs + i[:, None] * pair_t + i[None, :], product.to(pairs.dtype.element_ty), mask=valid[:, None])
+
+
+@triton.jit
+def mamba2_states(
+    x, B, steps, totals, state, before, slots, fresh, query_start, firsts,
     width, size, num_tokens,
-    x_t, x_h, B_t, B_g, C_t, C_g, D_h, D_p, z_t, z_h, state_s, state_h, state_p, state_n, out_t, out_h,
-    HEADS_PER_GROUP: tl.constexpr, HAS_D: tl.constexpr, HAS_Z: tl.constexpr,
-    BLOCK_P: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_L: tl.constexpr,
+    x_t, x_h, B_t, B_g, state_s, state_h, state_p, state_n, before_c, before_h, before_n,
+    HEADS_PER_GROUP: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_L: tl.constexpr,
     OPERAND: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """All tokens of one request of several, one head, BLOCK_P rows of its state."""
-    p = tl.program_id(0) * BLOCK_P + tl.arange(0, BLOCK_P)
+    """The state before each chunk of one request of several, and after the last: one head, one tile of its state."""
+    tiles = tl.cdiv(width, BLOCK_P)
+    p = tl.program_id(0) % tiles * BLOCK_P + tl.arange(0, BLOCK_P)
+    n = tl.program_id(0) // tiles * BLOCK_N + tl.arange(0, BLOCK_N)
     head = tl.program_id(1)
     request = tl.program_id(2)
     start = tl.load(query_start + request).to(tl.int64)
     length = (tl.load(query_start + request + 1) - start).to(tl.int32)
-    if length <= 1:
-        return
     slot = tl.load(slots + request).to(tl.int64)
+    if (length <= 1) | (slot < 0):
+        return
     rows = p < width
+    columns = n < size
+    inside = columns[:, None] & rows[None, :]
+    known = tl.load(fresh + request) == 0
+    state += slot * state_s + head * state_h
+    page = p[None, :] * state_p + n[:, None] * state_n
+    s = tl.load(state + page, mask=inside & known, other=0.0).to(tl.float32)
+    x += start * x_t + head * x_h
+    B += start * B_t + head // HEADS_PER_GROUP * B_g
+    steps += head.to(tl.int64) * num_tokens + start
+    totals += head.to(tl.int64) * num_tokens + start
+    before += tl.load(firsts + request).to(tl.int64) * before_c + head * before_h
     i = tl.arange(0, BLOCK_L)
+    for first in range(0, length, BLOCK_L):
+        valid = first + i < length
+        stored = inside & ((first > 0) | known)  # nobody reads the zeros before a fresh request
+        tl.store(before + n[:, None] * before_n + p[None, :], s.to(before.dtype.element_ty), mask=stored)
+        values = tl.load(x + i[:, None] * x_t + p[None, :], mask=valid[:, None] & rows[None, :], other=0.0)
+        b = tl.load(B + i[:, None] * B_t + n[None, :], mask=valid[:, None] & columns[None, :], other=0.0)
+        step = tl.load(steps + i, mask=valid, other=0.0)
+        total = tl.load(totals + i, mask=valid, other=0.0)
+        last = tl.load(totals + tl.minimum(BLOCK_L, length - first) - 1)
+        fed = values.to(tl.float32) * (step * tl.exp2(last - total))[:, None]
+        s = tl.dot(tl.trans(b.to(OPERAND)), fed.to(OPERAND), acc=s * tl.exp2(last), input_precision=PRECISION)
+        x += BLOCK_L * x_t  # offsets inside a chunk stay 32-bit
+        B += BLOCK_L * B_t
+        steps += BLOCK_L
+        totals += BLOCK_L
+        before += before_c
+    tl.store(state + page, s.to(state.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def mamba2_outputs(
+    x, C, D, z, steps, totals, pairs, before, out, slots, fresh, query_start, chunks,
+    requests, width, size, num_tokens,
+    x_t, x_h, C_t, C_g, pair_t, pair_g, D_h, D_p, z_t, z_h, before_c, before_h, before_n, out_t, out_h,
+    HEADS_PER_GROUP: tl.constexpr, HAS_D: tl.constexpr, HAS_Z: tl.constexpr,
+    BLOCK_P: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_J: tl.constexpr,
+    BLOCK_L: tl.constexpr, OPERAND: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """BLOCK_T tokens of one chunk, one head, BLOCK_P columns: what the state before the chunk and its tokens give."""
+    chunk = tl.program_id(2)
+    request = tl.load(chunks + 2 * chunk)
+    if request >= requests:
+        return
+    number = tl.load(chunks + 2 * chunk + 1)
+    start = tl.load(query_start + request).to(tl.int64) + number * BLOCK_L
+    length = (tl.load(query_start + request + 1) - start).to(tl.int32)
+    tiles = tl.cdiv(width, BLOCK_P)
+    first = tl.program_id(0) // tiles * BLOCK_T
+    if first >= length:
+        return
+    p = tl.program_id(0) % tiles * BLOCK_P + tl.arange(0, BLOCK_P)
+    head = tl.program_id(1)
+    rows = p < width
+    i = first + tl.arange(0, BLOCK_T)
+    valid = i < length
+    tokens = valid[:, None] & rows[None, :]
     out += start * out_t + head * out_h
-    if slot < 0:
-        for first in range(0, length, BLOCK_L):
-            where = (first + i < length)[:, None] & rows[None, :]
-            nothing = tl.zeros((BLOCK_L, BLOCK_P), out.dtype.element_ty)
-            tl.store(out + i[:, None] * out_t + p[None, :], nothing, mask=where)
-            out += BLOCK_L * out_t
+    if tl.load(slots + request) < 0:
+        nothing = tl.zeros((BLOCK_T, BLOCK_P), out.dtype.element_ty)
+        tl.store(out + i[:, None] * out_t + p[None, :], nothing, mask=tokens)
         return
     group = head // HEADS_PER_GROUP
     x += start * x_t + head * x_h
+    C += start * C_t + group * C_g
+    pairs += start * pair_t + group * pair_g
     steps += head.to(tl.int64) * num_tokens + start
     totals += head.to(tl.int64) * num_tokens + start
-    B += start * B_t + group * B_g
-    C += start * C_t + group * C_g
-    if HAS_Z:
-        z += start * z_t + head * z_h
-    n = tl.arange(0, BLOCK_N)
-    columns = n < size
-    inside = columns[:, None] & rows[None, :]
-    page = state + slot * state_s + head * state_h + p[None, :] * state_p + n[:, None] * state_n
-    known = tl.load(fresh + request) == 0
-    s = tl.load(page, mask=inside & known, other=0.0).to(tl.float32)
+    total = tl.load(totals + i, mask=valid, other=0.0)
+    y = tl.zeros((BLOCK_T, BLOCK_P), tl.float32)
+    if (number > 0) | (tl.load(fresh + request) == 0):
+        before += chunk.to(tl.int64) * before_c + head * before_h
+        n = tl.arange(0, BLOCK_N)
+        for part in range(0, size, BLOCK_N):
+            columns = part + n < size
+            c = tl.load(C + i[:, None] * C_t + part + n[None, :], mask=valid[:, None] & columns[None, :], other=0.0)
+            s = tl.load(
+                before + (part + n)[:, None] * before_n + p[None, :], mask=columns[:, None] & rows[None, :], other=0.0
+            )
+            y = tl.dot(c.to(OPERAND), s.to(OPERAND), acc=y, input_precision=PRECISION)
+        y *= tl.exp2(total)[:, None]
+    j = tl.arange(0, BLOCK_J)
+    for other in range(0, tl.minimum(first + BLOCK_T, length), BLOCK_J):
+        given = other + j
+        here = given < length
+        weight = tl.load(
+            pairs + i[:, None] * pair_t + given[None, :], mask=valid[:, None] & here[None, :], other=0.0
+        ).to(tl.float32)
+        # a token reaches a later one with what has not decayed in between
+        gap = total[:, None] - tl.load(totals + given, mask=here, other=0.0)[None, :]
+        gap = tl.where(i[:, None] >= given[None, :], gap, float("-inf"))
+        weight *= tl.exp2(gap) * tl.load(steps + given, mask=here, other=0.0)[None, :]
+        values = tl.load(x + given[:, None] * x_t + p[None, :], mask=here[:, None] & rows[None, :], other=0.0)
+        y = tl.dot(weight.to(OPERAND), values.to(OPERAND), acc=y, input_precision=PRECISION)
     if HAS_D:
         skip = tl.load(D + head * D_h + p * D_p, mask=rows, other=0.0).to(tl.float32)
-    for first in range(0, length, BLOCK_L):
-        valid = first + i < length
-        tokens = valid[:, None] & rows[None, :]
-        sides = valid[:, None] & columns[None, :]
-        values = tl.load(x + i[:, None] * x_t + p[None, :], mask=tokens, other=0.0)
-        b = tl.load(B + i[:, None] * B_t + n[None, :], mask=sides, other=0.0).to(OPERAND)
-        c = tl.load(C + i[:, None] * C_t + n[None, :], mask=sides, other=0.0).to(OPERAND)
-        step = tl.load(steps + i, mask=valid, other=0.0)
-        last = tl.load(totals + tl.minimum(BLOCK_L, length - first) - 1)
-        total = tl.load(totals + i, mask=valid, other=0.0)
-        y = tl.dot(c, s.to(OPERAND), input_precision=PRECISION) * tl.exp2(total)[:, None]
-        # token s reaches token l with what has not decayed in between
-        gap = tl.where(i[:, None] >= i[None, :], total[:, None] - total[None, :], float("-inf"))
-        weights = tl.dot(c, tl.trans(b), input_precision=PRECISION) * tl.exp2(gap) * step[None, :]
-        y = tl.dot(weights.to(OPERAND), values.to(OPERAND), acc=y, input_precision=PRECISION)
-        left = (step * tl.exp2(last - total))[:, None]
-        fed = (values.to(tl.float32) * left).to(OPERAND)
-        s = tl.dot(tl.trans(b), fed, acc=s * tl.exp2(last), input_precision=PRECISION)
-        if HAS_D:
-            y += values.to(tl.float32) * skip[None, :]
-        if HAS_Z:
-            gate = tl.load(z + i[:, None] * z_t + p[None, :], mask=tokens, other=0.0).to(tl.float32)
-            y *= silu(gate)
-        tl.store(out + i[:, None] * out_t + p[None, :], y.to(out.dtype.element_ty), mask=tokens)
-        x += BLOCK_L * x_t  # offsets inside a chunk stay 32-bit
-        steps += BLOCK_L
-        totals += BLOCK_L
-        B += BLOCK_L * B_t
-        C += BLOCK_L * C_t
-        if HAS_Z:
-            z += BLOCK_L * z_t
-        out += BLOCK_L * out_t
-    tl.store(page, s.to(state.dtype.element_ty), mask=inside)
+        own = tl.load(x + i[:, None] * x_t + p[None, :], mask=tokens, other=0.0)
+        y += own.to(tl.float32) * skip[None, :]
+    if HAS_Z:
+        z += start * z_t + head * z_h
+        y *= silu(tl.load(z + i[:, None] * z_t + p[None, :], mask=tokens, other=0.0).to(tl.float32))
+    tl.store(out + i[:, None] * out_t + p[None, :], y.to(out.dtype.element_ty), mask=tokens)
