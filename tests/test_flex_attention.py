@@ -370,3 +370,10 @@ def test_kv_beyond_2_to_the_31_elements():
         out = impl.forward(query, key, value, impl.prepare(step), call)
         expected = ReferenceAttention().forward(query, key, value, step, call)
         torch.testing.assert_close(out.float(), expected.float(), atol=2e-2, rtol=2e-2)
+
+
+def test_other_backends_refuse_masks_of_the_users_own():
+    case = make_case([30], [1], num_blocks=96)
+    call = replace(CALL, mask_mod=documents(torch.zeros(1, 30, dtype=torch.int32)))
+    with pytest.raises(BackendError, match="reference has no masks or scores of the user's own; flex follows mask_mod"):
+        ReferenceAttention().forward(case.query, case.key_cache, case.value_cache, case.step, call)
