@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 from ..cache.specs import AttentionSpec
 from ..config import AttentionConfig
 from ..device import DeviceFacts
+from ..errors import BackendError
 
 if TYPE_CHECKING:
     import torch
@@ -195,6 +196,20 @@ class AttentionCall:
     """What the stored keys are multiplied with."""
     value_scale: float = 1.0
     """What the stored values are multiplied with."""
+
+    def refuse_own_masks(self, backend: str) -> None:
+        """For a backend that cannot follow them.
+
+        :raises BackendError: if there is a mask or a score modifier of the user's own.
+        """
+        for name, value in (("mask_mod", self.mask_mod), ("score_mod", self.score_mod)):
+            if value is not None:
+                raise BackendError(
+                    f"{backend} has no masks or scores of the user's own; flex follows {name}",
+                    option=name,
+                    value=value,
+                    expected="backend flex",
+                )
 
 
 class AttentionImpl(ABC):

@@ -101,6 +101,29 @@ def test_block_sizes_layouts_heads_and_dtypes(device, block_size, heads, head_si
 
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize(
+    ("head_size", "heads", "dtype", "placement"),
+    [
+        (64, (3, 3), "float32", "random"),
+        (80, (6, 2), "bfloat16", "interleaved"),
+        (96, (4, 2), "float16", "reversed"),
+        (128, (8, 1), "bfloat16", "random"),
+        (192, (16, 1), "float32", "interleaved"),
+        (256, (8, 2), "float16", "reversed"),
+    ],
+)
+def test_head_sizes_and_groups(device, head_size, heads, dtype, placement):
+    """Ragged lengths; everything that no request holds is NaN."""
+    impl = built(device, 16, heads, head_size, dtype)
+    q_lens = [1, 1, 1] if device == "cpu" else [1, 70, 1]
+    case = make_case(
+        [200, 77, 16], q_lens, num_blocks=40, heads=heads, head_size=head_size, dtype=DTYPES[dtype],
+        placement=placement, device=device,
+    )  # fmt: skip
+    compare(impl, case, AttentionCall(scale=head_size**-0.5), dtype)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize(
     "features",
     [
         {"sliding_window": 33},
@@ -347,3 +370,10 @@ def test_kv_beyond_2_to_the_31_elements():
         out = impl.forward(query, key, value, impl.prepare(step), call)
         expected = ReferenceAttention().forward(query, key, value, step, call)
         torch.testing.assert_close(out.float(), expected.float(), atol=2e-2, rtol=2e-2)
+
+
+def test_other_backends_refuse_masks_of_the_users_own():
+    case = make_case([30], [1], num_blocks=96)
+    call = replace(CALL, mask_mod=documents(torch.zeros(1, 30, dtype=torch.int32)))
+    with pytest.raises(BackendError, match="reference has no masks or scores of the user's own; flex follows mask_mod"):
+        ReferenceAttention().forward(case.query, case.key_cache, case.value_cache, case.step, call)

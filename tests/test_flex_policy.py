@@ -196,23 +196,24 @@ def test_buffers_are_small_beside_the_cache():
 
 @settings(max_examples=300)
 @given(
-    st.integers(1, 60), st.integers(0, 99), st.sampled_from([4, 16]), st.sampled_from([8, 16, 32]),
+    st.integers(1, 60), st.integers(0, 99), st.sampled_from([4, 16]), st.sampled_from([8, 16, 32]), st.sampled_from([1, 2]),
     st.one_of(st.none(), st.integers(1, 80)),
 )  # fmt: skip
-def test_every_query_of_an_aligned_tile_meets_its_blocks_in_the_same_order(count, before, block, align, window):
+def test_every_query_of_an_aligned_tile_meets_its_blocks_in_the_same_order(count, before, block, align, each, window):
     """Cut anywhere, a query sees the blocks that the whole tile would show it, in that order."""
-    whole = visited_blocks(Row(0, 0, before // align * align, align, before + count), block, True, window)
+    tile = Row(0, 0, before // align * align, align, before + count)
+    whole = visited_blocks(tile, each * block, True, window)
 
-    def order(span):
+    def order(span, each):
         ragged = [*range(span.first, span.full), *range(span.tail, span.end)]
-        return [(number, True) for number in ragged] + [(number, False) for number in range(span.full, span.tail)]
+        marked = [(number, True) for number in ragged] + [(number, False) for number in range(span.full, span.tail)]
+        return [(number * each + part, masked) for number, masked in marked for part in range(each)]
 
     (group,) = split_rows([count], [before + count], (align,), align)
     row = group.rows[0]
     assert row.position // align == (row.position + row.count - 1) // align
-    span = visited_blocks(row, block, True, window, align)
-    mine = order(span)
-    assert mine == [entry for entry in order(whole) if span.first <= entry[0] < span.end]
+    span = visited_blocks(row, block, True, window, (align, each * block))
+    assert order(span, 1) == [entry for entry in order(whole, each) if span.first <= entry[0] < span.end]
 
 
 def test_batches_are_padded_to_few_sizes():

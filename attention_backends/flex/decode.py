@@ -109,7 +109,8 @@ class RowBuffers:
             KERNEL_BLOCK=settings.kernel_block_size,
             CAUSAL=kind.causal,
             WINDOW=kind.window or 0,
-            ALIGN=settings.align,
+            QUERY_BLOCK=settings.align,
+            KV_BLOCK=settings.order[1] if settings.order else settings.kernel_block_size,
             ALL_MASKED=kind.all_masked,
             SPLIT=plan.split,
             LEAST=max(1, LEAST_SPLIT // settings.kernel_block_size),
@@ -117,15 +118,17 @@ class RowBuffers:
             num_warps=4,
         )
         position, seq_len, request = self.facts[:3, :rows].unbind()
-        lists = BlockLists(
-            self.counts[1, :rows],
-            masked,
-            self.counts[0, :rows],
-            whole,
-            RowFacts(position, seq_len, request, self.places),
-        )
+        shift = self.facts[5, :rows] if self._one_masked(plan) else None
+        facts = RowFacts(position, seq_len, request, self.places, shift)
+        lists = BlockLists(self.counts[1, :rows], masked, self.counts[0, :rows], whole, facts)
         mark_rows(lists)
         return DecodeRows(plan, lists, self.facts, self.unit_rows)
+
+    def _one_masked(self, plan: DecodePlan) -> bool:
+        """Whether a row has one masked block at most: single causal queries over all that went before."""
+        kind, order = self.kind, self.settings.order
+        small = order is None or max(order) <= self.settings.kernel_block_size
+        return plan.length == 1 and small and kind.causal and kind.window is None and not kind.all_masked
 
     def _views(self, rows: int) -> tuple[torch.Tensor, torch.Tensor]:
         """(R, 1, 1, C) of whole and of masked blocks, side by side in each row: both walk with the same strides."""

@@ -23,7 +23,7 @@ def block_lists(
     :raises BackendError: when a sequence is longer than the settings were made for.
     """
     kernel_block, device = settings.kernel_block_size, block_table.device
-    ranges = [visited_blocks(row, kernel_block, call.causal, call.sliding_window, settings.align) for row in group.rows]
+    ranges = [visited_blocks(row, kernel_block, call.causal, call.sliding_window, settings.order) for row in group.rows]
     if call.mask_mod is not None:
         ranges = [BlockRange(span.first, span.end, span.end, span.end) for span in ranges]
     _check_length(ranges, settings)

@@ -41,6 +41,11 @@ class RowFacts:
 
     One map serves all requests: a block that several share is a common prefix, at the same place in each.
     """
+    shift: torch.Tensor | None = None
+    """(R,) int32: tokens from the place of a row's only masked block in the sequence to where it lies in the cache.
+
+    Spares the mask a look into ``places``.
+    """
 
 
 def mark_rows(lists: BlockLists) -> None:
@@ -50,6 +55,8 @@ def mark_rows(lists: BlockLists) -> None:
         lists.masked_counts, lists.masked, lists.whole_counts, lists.whole, facts.position, facts.seq_len, facts.request
     ):  # fmt: skip
         torch._dynamo.mark_dynamic(tensor, 0)
+    if facts.shift is not None:
+        torch._dynamo.mark_dynamic(facts.shift, 0)
 
 
 def modifiers(facts: RowFacts, cache: FlatCache, call: AttentionCall, group: int) -> tuple[Modifier, Modifier | None]:
@@ -58,10 +65,12 @@ def modifiers(facts: RowFacts, cache: FlatCache, call: AttentionCall, group: int
     :param group: query heads that lie beside each other as query rows of one head; 1 where each is a head.
     """
     stride, block_size, places = cache.block_stride, cache.block_size, facts.places
-    position, seq_len, request = facts.position, facts.seq_len, facts.request
+    position, seq_len, request, shift = facts.position, facts.seq_len, facts.request, facts.shift
     causal, window, custom = call.causal, call.sliding_window, call.mask_mod
 
     def mask(b: torch.Tensor, h: torch.Tensor, q: torch.Tensor, kv: torch.Tensor) -> torch.Tensor:
+        if shift is not None:
+            return position[b] >= kv - shift[b]
         key = places[kv // stride] * block_size + kv % stride
         query = position[b] + q // group
         seen = query >= key if causal else key < seq_len[b]

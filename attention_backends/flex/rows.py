@@ -79,14 +79,16 @@ def _cut(query: tuple[int, int, int, int], length: int, align: int) -> list[Row]
     return rows
 
 
-def visited_blocks(row: Row, kernel_block: int, causal: bool, window: int | None, align: int = 1) -> BlockRange:
+def visited_blocks(
+    row: Row, kernel_block: int, causal: bool, window: int | None, order: tuple[int, int] | None = None
+) -> BlockRange:
     """The kernel blocks of ``row``; without ``causal`` a window reaches as far ahead as it reaches back.
 
-    :param align: query rows of the aligned tile whose blocks are told apart; its bounds, not the row's, decide
-        which blocks are whole, so that every query of the tile visits them in the same order.
+    :param order: (query, KV) block of a mask over the whole sequence: its blocks, not the row's, decide which kernel
+        blocks are whole, so that every query of the tile visits them in the order of that mask.
     """
-    if align > 1:
-        return _visited_in_tile(row, kernel_block, causal, window, align)
+    if order is not None:
+        return _in_order(row, kernel_block, causal, window, order)
     last = row.position + row.count - 1
     ahead = row.seq_len - 1 if window is None else last + window - 1
     end_key = last if causal else min(row.seq_len - 1, ahead)
@@ -104,12 +106,14 @@ def visited_blocks(row: Row, kernel_block: int, causal: bool, window: int | None
     return BlockRange(first, full, tail, end) if full <= tail else BlockRange(first, end, end, end)
 
 
-def _visited_in_tile(row: Row, kernel_block: int, causal: bool, window: int | None, align: int) -> BlockRange:
-    start = row.position // align * align
-    tile = visited_blocks(Row(row.request, row.token, start, align, row.seq_len), kernel_block, causal, window)
+def _in_order(row: Row, kernel_block: int, causal: bool, window: int | None, order: tuple[int, int]) -> BlockRange:
+    query_block, kv_block = order
+    start = row.position // query_block * query_block
+    tile = visited_blocks(Row(row.request, row.token, start, query_block, row.seq_len), kv_block, causal, window)
     own = visited_blocks(row, kernel_block, causal, window)
-    # Blocks that only other queries of the tile see change nothing for this row, and may belong to another request.
-    full, tail = (min(max(place, own.first), own.end) for place in (tile.full, tile.tail))
     if tile.full == tile.tail == tile.end:
-        full = tail = own.end
+        return BlockRange(own.first, own.end, own.end, own.end)
+    # Blocks that only other queries of the tile see change nothing for this row, and may belong to another request.
+    each = kv_block // kernel_block
+    full, tail = (min(max(place * each, own.first), own.end) for place in (tile.full, tile.tail))
     return BlockRange(own.first, full, tail, own.end)

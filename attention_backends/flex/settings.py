@@ -8,7 +8,7 @@ from ...config import AttentionConfig
 from ...device import DeviceFacts
 from ...errors import BackendError
 from ..interface import BuildRequest, Capabilities
-from .tiles import FEWEST_ROWS, ORDINARY_QUERY_BLOCK, decode_tile, invariant_tile
+from .tiles import FEWEST_ROWS, ORDINARY_QUERY_BLOCK, decode_tile
 
 KERNEL_BLOCKS = (16, 32, 64, 128)
 """KV blocks to choose from: the planner takes the largest that divides the block. Powers of two, as Triton asks."""
@@ -30,6 +30,8 @@ class FlexSettings:
     """KV block of the block mask, in tokens."""
     mask_query_block: int
     """Query block of the block mask, in tokens."""
+    order_kv_block: int
+    """KV block of the mask whose order rows keep under batch invariance, in tokens; of kernel blocks."""
     row_lengths: tuple[int, ...]
     """Query tokens of one row of a batch, ascending; a longer query takes several rows."""
     row_step: int
@@ -67,6 +69,11 @@ class FlexSettings:
         return self.device.device_type == "cuda"
 
     @property
+    def order(self) -> tuple[int, int] | None:
+        """(query, KV) block of the mask over a whole sequence whose order all rows keep: under batch invariance."""
+        return (self.mask_query_block, self.order_kv_block) if self.batch_invariant else None
+
+    @property
     def align(self) -> int:
         """Query rows start at multiples of this position: under batch invariance, where a training pass has them."""
         return self.mask_query_block if self.batch_invariant else 1
@@ -86,7 +93,8 @@ class FlexSettings:
     @property
     def list_columns(self) -> tuple[int, int]:
         """Columns of a row's list of whole blocks and of masked ones, a sentinel in each; multiples of 16 bytes."""
-        edges = 2 * (max(self.group_size, 64) // self.kernel_block_size + 3)
+        tile = self.mask_query_block + self.order_kv_block if self.batch_invariant else max(self.group_size, 64)
+        edges = 2 * (tile // self.kernel_block_size + 3)
         return _up(self.max_blocks_per_row + 1, 4), _up(edges + 1, 4)
 
     @property
@@ -95,7 +103,7 @@ class FlexSettings:
         if not self.fused:
             return 0
         rows, columns = self.max_decode_rows, sum(self.list_columns)
-        numbers = rows * (columns + 2 + 5) + self.max_num_seqs + 1 + self.num_blocks + 1
+        numbers = rows * (columns + 2 + 6) + self.max_num_seqs + 1 + self.num_blocks + 1
         return IN_FLIGHT * 4 * numbers
 
     def batch_rows(self, rows: int) -> int:
@@ -140,6 +148,7 @@ def flex_settings(request: BuildRequest, capabilities: Capabilities) -> FlexSett
         block_size=request.block_size,
         kernel_block_size=kernel_block,
         mask_query_block=query_block,
+        order_kv_block=invariant_kv_block(config, kernel_block, on_cpu=on_cpu),
         row_lengths=tuple(sorted(lengths)),
         row_step=8 if on_cpu else 2,
         max_blocks_per_row=blocks * (request.block_size // kernel_block),
@@ -164,9 +173,13 @@ def flex_settings(request: BuildRequest, capabilities: Capabilities) -> FlexSett
 
 def invariant_query_block(config: AttentionConfig, *, on_cpu: bool) -> int:
     """Query block under batch invariance; on CPU, where every row of queries is padded to it, the least."""
-    return (
-        config.flex_attn_q_block_size or config.flex_attn_block_m or (SHORT_ROW if on_cpu else invariant_tile().block_m)
-    )
+    return config.flex_attn_q_block_size or (SHORT_ROW if on_cpu else ORDINARY_QUERY_BLOCK)
+
+
+def invariant_kv_block(config: AttentionConfig, kernel_block: int, *, on_cpu: bool) -> int:
+    """KV block whose order rows keep: on CUDA 128, which torch's backward kernels can divide too."""
+    asked = config.flex_attn_kv_block_size
+    return asked or (kernel_block if on_cpu else max(kernel_block, ORDINARY_QUERY_BLOCK))
 
 
 def _check_invariance(
@@ -182,7 +195,7 @@ def _check_invariance(
         )
     if request.device.device_type == "cpu":
         return
-    tile = request.config.flex_attn_block_m or query_block
+    tile = request.config.flex_attn_block_m or min(query_block, 64)
     if group > tile:
         raise BackendError(
             f"flex_attn_block_m {tile} is smaller than the {group} query heads of a KV head, which one tile of a "

@@ -23,7 +23,9 @@ from ...config import AttentionConfig
 from ...device import DeviceFacts
 from .kernel_options import invariant_options
 from .rows import Row, visited_blocks
-from .settings import invariant_query_block
+from .settings import invariant_kv_block, invariant_query_block
+
+FORCE = "FORCE_USE_FLEX_ATTENTION"
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,7 +35,7 @@ class TrainingKernel:
     query_block: int
     kv_block: int
     options: Mapping[str, object]
-    """``kernel_options``. The backward pass has tiles of its own, small enough for the mask's blocks."""
+    """``kernel_options``; on CUDA of the forward pass only."""
 
     def padded(self, seq_len: int) -> int:
         """``seq_len`` up to whole tiles. On CPU a sequence must be padded: torch's kernel rounds ragged ones anew."""
@@ -92,16 +94,16 @@ def training_kernel(
     """
     config = config or AttentionConfig()
     device = DeviceFacts(platform=device_type, device_type=device_type)
-    kv_block = config.flex_attn_kv_block_size or kernel_block_size
-    query_block = invariant_query_block(config, on_cpu=device_type == "cpu")
-    options = invariant_options(
-        device, head_size, torch.tensor([], dtype=getattr(torch, dtype)).element_size(), kv_block, query_block, config
-    )
-    if device_type != "cpu":
-        small = min(query_block, kv_block, 32)
-        options |= {f"bwd_BLOCK_{name}": small for name in ("M1", "N1", "M2", "N2")}
-        options |= {"bwd_num_warps": 4, "bwd_num_stages": 1}
-        options = {name if name.startswith(("bwd_", "FORCE")) else f"fwd_{name}": v for name, v in options.items()}
+    on_cpu = device_type == "cpu"
+    kernel_block = config.flex_attn_kv_block_size or kernel_block_size
+    kv_block = invariant_kv_block(config, kernel_block, on_cpu=on_cpu)
+    query_block = invariant_query_block(config, on_cpu=on_cpu)
+    element_bytes = torch.tensor([], dtype=getattr(torch, dtype)).element_size()
+    options = invariant_options(device, head_size, element_bytes, kernel_block, query_block, config)
+    if not on_cpu:
+        # The same code for whole and ragged lengths: serving never has whole ones.
+        options |= {"IS_DIVISIBLE": False}
+        options = {f"fwd_{name}" if name != FORCE else name: value for name, value in options.items()}
     return TrainingKernel(query_block, kv_block, options)
 
 

@@ -136,6 +136,7 @@ class TritonImpl(AttentionImpl):
         call: AttentionCall,
         lse: torch.Tensor | None,
     ) -> torch.Tensor:
+        call.refuse_own_masks("flash by triton")
         step = metadata.step
         out = query.new_empty(*query.shape[:2], value_cache.shape[-1])
         if not step.num_requests:

@@ -5,8 +5,9 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-FACTS = 5
-"""Per row: position of its first query, sequence length, request, its first token in the step, its tokens."""
+FACTS = 6
+"""Per row: position of its first query, sequence length, request, its first token in the step, its tokens, and how far
+its first masked block lies from its place in the sequence, in tokens."""
 
 
 @triton.jit
@@ -35,7 +36,8 @@ def fill_rows(
     KERNEL_BLOCK: tl.constexpr,
     CAUSAL: tl.constexpr,
     WINDOW: tl.constexpr,
-    ALIGN: tl.constexpr,
+    QUERY_BLOCK: tl.constexpr,
+    KV_BLOCK: tl.constexpr,
     ALL_MASKED: tl.constexpr,
     SPLIT: tl.constexpr,
     LEAST: tl.constexpr,
@@ -59,9 +61,11 @@ def fill_rows(
     queries = tl.where(seq_len > 0, count, 0)
     position = tl.maximum(seq_len - queries, 0)
     last = tl.maximum(position + queries - 1, 0)
-    # The aligned tile that a training pass would compute this query in decides which blocks count as whole.
-    tile = position // ALIGN * ALIGN
-    tile_last = tile + ALIGN - 1 if ALIGN > 1 else last
+    # Under batch invariance, the tile that a training pass would compute this query in decides which blocks count as
+    # whole; else the tile is the unit, and the mask's blocks are the kernel's.
+    EACH: tl.constexpr = KV_BLOCK // KERNEL_BLOCK
+    tile = position // QUERY_BLOCK * QUERY_BLOCK
+    tile_last = tile + QUERY_BLOCK - 1 if QUERY_BLOCK > 1 else last
     if CAUSAL:
         end_key = last
         whole_to = tile
@@ -72,16 +76,16 @@ def fill_rows(
             end_key = tl.minimum(end_key, last + WINDOW - 1)
             whole_to = tl.minimum(whole_to, tile + WINDOW - 1)
     end = tl.where(queries > 0, end_key // KERNEL_BLOCK + 1, 0)
-    tail = tl.minimum(end, (whole_to + 1) // KERNEL_BLOCK)
+    tail = (whole_to + 1) // KV_BLOCK * EACH
     first = tl.zeros_like(end)
     full = tl.zeros_like(end)
     if WINDOW > 0:
         first = tl.minimum(tl.maximum(position - WINDOW + 1, 0) // KERNEL_BLOCK, end)
-        full = (tl.maximum(tile_last - WINDOW + 1, 0) + KERNEL_BLOCK - 1) // KERNEL_BLOCK
-        full = tl.maximum(full, first)
+        full = (tl.maximum(tile_last - WINDOW + 1, 0) + KV_BLOCK - 1) // KV_BLOCK * EACH
         narrow = full > tail
-        full = tl.where(narrow, end, full)
-        tail = tl.where(narrow, end, tail)
+        full = tl.where(narrow, end, tl.minimum(tl.maximum(full, first), end))
+        tail = tl.where(narrow, end, tl.maximum(tail, first))
+    tail = tl.minimum(tail, end)
     if ALL_MASKED:
         full = end
         tail = end
@@ -125,6 +129,10 @@ def fill_rows(
     tl.store(masked_counts + row, masked_count)
 
     blocks_of = table + my_request.to(tl.int64) * table_stride
+    ragged = tl.where(head > 0, start, rest)
+    block = tl.load(blocks_of + ragged // PER_BLOCK, mask=masked_count > 0, other=0)
+    ragged = block * BLOCK_STRIDE + ragged % PER_BLOCK - ragged
+    tl.store(facts + 5 * facts_stride + row, tl.where(masked_count > 0, ragged * KERNEL_BLOCK, 0))
     column = tl.arange(0, CHUNK)
     # One column past the last names the null block: the kernel looks one block ahead.
     for done in range(0, whole_count + 1, CHUNK):
