@@ -204,10 +204,8 @@ def prefill_config(
         config = entry.invariant_prefill
         config = replace(config, fixed=invariant_tiles(config.block_n, max_model_len))
         return replace(config, source="pages") if in_place else config
-    if in_place:
-        config = entry.pages
-    else:
-        config = entry.context if keys >= LONG_CONTEXT * queries else entry.prefill
+    copied = entry.context if keys >= LONG_CONTEXT * queries else entry.prefill
+    config = entry.pages if in_place else copied
     return replace(config, block_m=max(config.block_m, 1 << (group - 1).bit_length()))
 
 

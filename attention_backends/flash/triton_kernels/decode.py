@@ -23,8 +23,8 @@ def plan_kernel(
     """One program, which makes the plan that decode follows.
 
     ``starts[r]``: units before request ``r``; ``starts[num_requests + 1]``: units of a share; ``first[p]``: what there
-    is to know of the request in which share ``p`` begins. A unit is UNIT tokens. A request of FEWEST to QUERIES query tokens has at
-    least one, so that its rows are written; any other has none. The counts of arrivals start at zero.
+    is to know of the request in which share ``p`` begins. A unit is UNIT tokens. A request of FEWEST to QUERIES query
+    tokens has at least one, so that its rows are written; any other has none. The counts of arrivals start at zero.
     """
     total = 0
     longest = 1

@@ -17,8 +17,9 @@ COPIES: tl.constexpr = tl.constexpr(2)
 
 @triton.jit(do_not_specialize=["rows"])
 def gather_kernel(
-    k_ptr, v_ptr, k_out_ptr, v_out_ptr, table_ptr, seq_lens_ptr, query_start_ptr, base_ptr, sk_b, sk_t, sk_h, sv_b, sv_t, sv_h, st_r,
-    rows, HK: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, DV: tl.constexpr, DVP: tl.constexpr,
+    k_ptr, v_ptr, k_out_ptr, v_out_ptr, table_ptr, seq_lens_ptr, query_start_ptr, base_ptr,
+    sk_b, sk_t, sk_h, sv_b, sv_t, sv_h, st_r, rows,
+    HK: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, DV: tl.constexpr, DVP: tl.constexpr,
     BLOCK_SIZE: tl.constexpr, TOKENS: tl.constexpr, WINDOW: tl.constexpr,
 ):  # fmt: skip
     """Copy a request's tokens to rows ``base[r]:base[r + 1]`` of every head's ``rows``; zeros where none is seen."""
