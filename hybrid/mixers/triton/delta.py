@@ -9,7 +9,7 @@ from .chunks import chunk_table
 from .kernels.delta import delta_outputs, delta_prepare, delta_states, delta_step, kda_scan
 from .tiles import Tile, delta_tile, power_of_two, products, step_tile
 
-_WARPS, _CHANNEL_WARPS = 4, 4
+_WARPS, _CHANNEL_WARPS = 4, 2
 """Warps that prepare a chunk with one decay per head, or one per channel."""
 
 
@@ -58,7 +58,7 @@ def delta(
         **shared, **blocks, CHANNELS=channels, NORMALISE=l2norm,
         EXACT="ieee" if v.dtype == torch.float32 else "tf32x3", num_warps=_CHANNEL_WARPS if channels else _WARPS,
     )  # fmt: skip
-    options = {"BLOCK_V": scan.rows, **scan.options}
+    options = {"BLOCK_V": scan.rows, **scan.options(v.device)}
     walks = (-(-width // scan.rows), heads, batch.num_requests)
     if channels:
         kda_scan[walks](
