@@ -38,9 +38,7 @@ def default_tiles(width: int, size: int, dtype: torch.dtype, state_bytes: int) -
     wide = min(128, max(rows, 64))
     if dtype == torch.float32:
         tile = Tile(rows=min(32, rows), tokens=32)
-        return Mamba2Tiles(
-            step=step, chunk=32, states=tile, outputs=tile, earlier=32, inner=min(32, columns), pairs=dtype
-        )
+        return Mamba2Tiles(step=step, chunk=32, states=tile, outputs=tile, earlier=32, inner=min(32, columns))
     return Mamba2Tiles(
         step=step,
         chunk=128,
