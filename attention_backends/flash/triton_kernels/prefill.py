@@ -107,10 +107,8 @@ def attend_tile(
     m_sub = finite(m_new) if MASKED else m_new
     w = tl.exp2(s * factor - m_sub[:, None])
     alpha = tl.exp2(m - m_sub)
-    if FIXED > 0:
-        norm = norm * alpha + row_sums(w.to(q.dtype), BLOCK_N)
-    else:
-        norm = norm * alpha + tl.sum(w, 1)
+    sums = row_sums(w.to(q.dtype), BLOCK_N) if FIXED > 0 else tl.sum(w, 1)
+    norm = norm * alpha + sums
     acc = tl.dot(w.to(q.dtype), v.to(q.dtype), acc * alpha[:, None])
     return m_new, norm, acc
 
