@@ -62,11 +62,17 @@ def _gated_pair(product: Node) -> tuple[Any, Any, Any] | None:
         if not (isinstance(activated, Node) and isinstance(up, Node) and activated.target is _SILU):
             continue
         gate: Any = activated.args[0]
-        if isinstance(gate, Node) and all(map(_is_linear, (gate, up))) and gate.args[0] is up.args[0]:
-            alike = gate.args[1].meta["example_value"].shape == up.args[1].meta["example_value"].shape
-            if alike and all(len(part.users) == 1 for part in (activated, up, gate)):
+        if all(map(_is_linear, (gate, up))) and gate.args[0] is up.args[0]:
+            if _rows_of_matrix(gate) == _rows_of_matrix(up) and all(
+                len(part.users) == 1 for part in (activated, up, gate)
+            ):
                 return gate.args[0], gate.args[1], up.args[1]
     return None
+
+
+def _rows_of_matrix(linear: Any) -> int:
+    rows: int = linear.args[1].meta["example_value"].shape[0]
+    return rows
 
 
 def _added_linear(total: Node) -> tuple[Any, Any, Any] | None:
