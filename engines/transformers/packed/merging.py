@@ -62,12 +62,15 @@ def _gated_pair(product: Node) -> tuple[Any, Any, Any] | None:
         if not (isinstance(activated, Node) and isinstance(up, Node) and activated.target is _SILU):
             continue
         gate: Any = activated.args[0]
-        if all(map(_is_linear, (gate, up))) and gate.args[0] is up.args[0]:
-            if _rows_of_matrix(gate) == _rows_of_matrix(up) and all(
-                len(part.users) == 1 for part in (activated, up, gate)
-            ):
-                return gate.args[0], gate.args[1], up.args[1]
+        if _is_pair(gate, up) and all(len(part.users) == 1 for part in (activated, up, gate)):
+            return gate.args[0], gate.args[1], up.args[1]
     return None
+
+
+def _is_pair(one: Any, other: Any) -> bool:
+    """True for two linear layers of one tensor, with as many rows each."""
+    both = _is_linear(one) and _is_linear(other) and one.args[0] is other.args[0]
+    return both and _rows_of_matrix(one) == _rows_of_matrix(other)
 
 
 def _rows_of_matrix(linear: Any) -> int:
