@@ -34,65 +34,51 @@ def _tile(w0, w1, w2, w3, y0, y1, y2, y3, n0, n1, n2, n3, ROWS: tl.constexpr):
 
 
 @triton.jit
-def _dots(at, x, K, inside, ROWS: tl.constexpr, COLUMNS: tl.constexpr, EARLY: tl.constexpr):
-    """Products of ROWS rows of a matrix with one token, summed per column: full width of the loads, no tensor cores.
-
-    The first weights are under way before the token is there: what EARLY waits for is the kernel before.
-    """
-    columns = tl.arange(0, COLUMNS)
-    weights = tl.load(at, mask=inside, other=0.0, eviction_policy="evict_first")
-    if EARLY:
-        tl.extra.cuda.gdc_wait()
-    sums = tl.zeros((ROWS, COLUMNS), dtype=tl.float32)
-    for start in range(0, K, COLUMNS):
-        now = weights.to(tl.float32)
-        after = start + COLUMNS
-        weights = tl.load(at + after, mask=inside & (after < K), other=0.0, eviction_policy="evict_first")
-        sums += now * tl.load(x + start + columns).to(tl.float32)[None, :]
-    return tl.sum(sums, 1)
-
-
-@triton.jit
 def one_token_kernel(
     x, residual, w0, w1, w2, w3, y0, y1, y2, y3, n0, n1, n2, n3, M, K, x_m,
     TOKENS: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, ADDED: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
-    """y = W x for one token, plus ``residual`` if ADDED."""
+    """y = W x for one token, plus ``residual`` if ADDED.
+
+    Products are summed per column in float32: the full width of the loads, and no tensor cores. More loads under way
+    per program, by hand, were slower: programs are many, and each one small.
+    """
+    w, y, n, rows = _tile(w0, w1, w2, w3, y0, y1, y2, y3, n0, n1, n2, n3, ROWS)
+    columns = tl.arange(0, COLUMNS)
+    inside = (rows < n)[:, None]
+    at = w + rows.to(tl.int64)[:, None] * K + columns[None, :]
+    sums = tl.zeros((ROWS, COLUMNS), dtype=tl.float32)
     if EARLY:
         tl.extra.cuda.gdc_launch_dependents()
-    w, y, n, rows = _tile(w0, w1, w2, w3, y0, y1, y2, y3, n0, n1, n2, n3, ROWS)
-    at = w + rows.to(tl.int64)[:, None] * K + tl.arange(0, COLUMNS)[None, :]
-    sums = _dots(at, x, K, (rows < n)[:, None], ROWS, COLUMNS, EARLY).to(y.dtype.element_ty)
+        tl.extra.cuda.gdc_wait()
+    for start in range(0, K, COLUMNS):
+        weights = tl.load(at + start, mask=inside, other=0.0, eviction_policy="evict_first").to(tl.float32)
+        sums += weights * tl.load(x + start + columns).to(tl.float32)[None, :]
+    total = tl.sum(sums, 1).to(y.dtype.element_ty)
     if ADDED:
-        sums = (sums.to(tl.float32) + tl.load(residual + rows, mask=rows < n).to(tl.float32)).to(y.dtype.element_ty)
-    tl.store(y + rows, sums, mask=rows < n)
+        total = (total.to(tl.float32) + tl.load(residual + rows, mask=rows < n).to(tl.float32)).to(y.dtype.element_ty)
+    tl.store(y + rows, total, mask=rows < n)
 
 
 @triton.jit
 def gated_kernel(x, gate, up, y, N, K, ROWS: tl.constexpr, COLUMNS: tl.constexpr, EARLY: tl.constexpr):
     """y = silu(gate x) * (up x) for one token, each rounded as its own operation would be."""
-    if EARLY:
-        tl.extra.cuda.gdc_launch_dependents()
     rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     inside = (rows < N)[:, None]
     columns = tl.arange(0, COLUMNS)
-    from_start = rows.to(tl.int64)[:, None] * K + columns[None, :]
-    dtype = y.dtype.element_ty
-    gates = tl.load(gate + from_start, mask=inside, other=0.0, eviction_policy="evict_first")
-    ups = tl.load(up + from_start, mask=inside, other=0.0, eviction_policy="evict_first")
-    if EARLY:
-        tl.extra.cuda.gdc_wait()
+    at = rows.to(tl.int64)[:, None] * K + columns[None, :]
     gate_sums = tl.zeros((ROWS, COLUMNS), dtype=tl.float32)
     up_sums = tl.zeros((ROWS, COLUMNS), dtype=tl.float32)
+    if EARLY:
+        tl.extra.cuda.gdc_launch_dependents()
+        tl.extra.cuda.gdc_wait()
     for start in range(0, K, COLUMNS):
         token = tl.load(x + start + columns).to(tl.float32)[None, :]
-        now_gate, now_up = gates.to(tl.float32), ups.to(tl.float32)
-        after = start + COLUMNS
-        there = inside & (after < K)
-        gates = tl.load(gate + from_start + after, mask=there, other=0.0, eviction_policy="evict_first")
-        ups = tl.load(up + from_start + after, mask=there, other=0.0, eviction_policy="evict_first")
-        gate_sums += now_gate * token
-        up_sums += now_up * token
+        gates = tl.load(gate + at + start, mask=inside, other=0.0, eviction_policy="evict_first")
+        ups = tl.load(up + at + start, mask=inside, other=0.0, eviction_policy="evict_first")
+        gate_sums += gates.to(tl.float32) * token
+        up_sums += ups.to(tl.float32) * token
+    dtype = y.dtype.element_ty
     gated = tl.sum(gate_sums, 1).to(dtype).to(tl.float32)
     gated = (gated * tl.sigmoid(gated)).to(dtype).to(tl.float32)
     product = tl.sum(up_sums, 1).to(dtype).to(tl.float32) * gated
@@ -157,7 +143,7 @@ def tiles_for(tokens: int, rows: int, columns: int) -> Tiles | None:
 def launch(
     x: torch.Tensor, weights: list[torch.Tensor], tiles: Tiles, residual: torch.Tensor | None = None
 ) -> list[torch.Tensor]:
-    """(T, K) through matrices (N, K), all contiguous along K, to (T, N) each; one token may add a ``residual`` (1, N)."""
+    """(T, K) through matrices (N, K), all contiguous along K, to (T, N) each; one token adds ``residual`` (1, N)."""
     outputs = [x.new_empty(x.shape[0], weight.shape[0]) for weight in weights]
     missing = MAX_WEIGHTS - len(weights)
     sizes = [*(weight.shape[0] for weight in weights), *[0] * missing]

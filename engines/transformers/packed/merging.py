@@ -24,7 +24,7 @@ def merge_linears(module: GraphModule, *, alone: bool) -> int:
     graph = module.graph
     _drop_factors_of_one(graph)
     made = _fuse_neighbours(graph) if alone else 0
-    by_input: dict[Node, list[Node]] = defaultdict(list)
+    by_input: dict[Any, list[Node]] = defaultdict(list)
     for node in graph.nodes:
         if _is_linear(node):
             by_input[node.args[0]].append(node)
@@ -53,25 +53,39 @@ def _fuse_neighbours(graph: torch.fx.Graph) -> int:
     return made
 
 
-def _gated_pair(product: Node) -> tuple[Node, Node, Node] | None:
+def _gated_pair(product: Node) -> tuple[Any, Any, Any] | None:
     """x, gate's and up's matrix, if ``product`` is ``silu(x gate) * (x up)`` and nobody else reads its parts."""
-    for activated, up in (product.args, product.args[::-1]):
+    arguments: Any = product.args
+    activated: Any
+    up: Any
+    for activated, up in (arguments, arguments[::-1]):
         if not (isinstance(activated, Node) and isinstance(up, Node) and activated.target is _SILU):
             continue
-        gate = activated.args[0]
-        if isinstance(gate, Node) and all(map(_is_linear, (gate, up))) and gate.args[0] is up.args[0]:
-            alike = gate.args[1].meta["example_value"].shape == up.args[1].meta["example_value"].shape
-            if alike and all(len(part.users) == 1 for part in (activated, up, gate)):
-                return gate.args[0], gate.args[1], up.args[1]
+        gate: Any = activated.args[0]
+        if _is_pair(gate, up) and all(len(part.users) == 1 for part in (activated, up, gate)):
+            return gate.args[0], gate.args[1], up.args[1]
     return None
 
 
-def _added_linear(total: Node) -> tuple[Node, Node, Node] | None:
+def _is_pair(one: Any, other: Any) -> bool:
+    """True for two linear layers of one tensor, with as many rows each."""
+    both = _is_linear(one) and _is_linear(other) and one.args[0] is other.args[0]
+    return both and _rows_of_matrix(one) == _rows_of_matrix(other)
+
+
+def _rows_of_matrix(linear: Any) -> int:
+    rows: int = linear.args[1].meta["example_value"].shape[0]
+    return rows
+
+
+def _added_linear(total: Node) -> tuple[Any, Any, Any] | None:
     """x, matrix and residual, if ``total`` adds a tensor of its own shape to a linear layer nobody else reads."""
-    for product, residual in (total.args, total.args[::-1]):
+    arguments: Any = total.args
+    product: Any
+    for product, residual in (arguments, arguments[::-1]):
         if not (isinstance(product, Node) and isinstance(residual, Node) and _is_linear(product)):
             continue
-        values = [node.meta.get("example_value") for node in (total, residual, product)]
+        values: list[Any] = [node.meta.get("example_value") for node in (total, residual, product)]
         tensors = all(isinstance(value, torch.Tensor) for value in values)
         if tensors and len(product.users) == 1 and len({(v.shape, v.dtype) for v in values}) == 1:
             return product.args[0], product.args[1], residual
@@ -95,11 +109,11 @@ def _replace(graph: torch.fx.Graph, nodes: list[Any], target: Any, arguments: tu
     return 1
 
 
-def _is_linear(node: Node) -> bool:
-    return node.op == "call_function" and node.target in _LINEAR and _is_plain(node)
+def _is_linear(node: Any) -> bool:
+    return bool(node.op == "call_function" and node.target in _LINEAR and _is_plain(node))
 
 
-def _merge(graph: torch.fx.Graph, nodes: list[Node]) -> None:
+def _merge(graph: torch.fx.Graph, nodes: list[Any]) -> None:
     source = nodes[0].args[0]  # read now: it may be what an earlier merge has made
     with graph.inserting_before(nodes[0]):
         joint = graph.call_function(operators().linears.default, (source, [node.args[1] for node in nodes]))
@@ -112,7 +126,7 @@ def _merge(graph: torch.fx.Graph, nodes: list[Node]) -> None:
         graph.erase_node(node)
 
 
-def _is_plain(node: Node) -> bool:
+def _is_plain(node: Any) -> bool:
     """x and a matrix that is an input of the graph (so that it is there from the start), and no bias."""
     if node.kwargs or len(node.args) < 2 or not all(isinstance(arg, Node) for arg in node.args[:2]):
         return False

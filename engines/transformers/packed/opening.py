@@ -11,10 +11,14 @@ from ..records import Ready
 from .compiling import CompiledLayers
 from .runner import PackedRunner
 
+ONE_TOKEN = {"combo_kernels": True}
+"""Of Inductor, where a step is many tiny kernels: those that do not depend on each other share a launch."""
+
 
 def open_packed(model: Any, ready: Ready, traits: Traits, execution: Execution) -> PackedRunner:
     """The runner that ``execution`` asks for, with its graphs captured."""
-    compiled = CompiledLayers() if execution.compile_layers else None
+    options = ONE_TOKEN if model.device.type == "cuda" else None
+    compiled = CompiledLayers(one_token=options) if execution.compile_layers else None
     runner = PackedRunner(
         model,
         ready,
