@@ -196,8 +196,8 @@ def test_buffers_are_small_beside_the_cache():
 
 @settings(max_examples=300)
 @given(
-    st.integers(1, 60), st.integers(0, 99), st.sampled_from([4, 16]), st.sampled_from([8, 16, 32]), st.sampled_from([1, 2]),
-    st.one_of(st.none(), st.integers(1, 80)),
+    st.integers(1, 60), st.integers(0, 99), st.sampled_from([4, 16]), st.sampled_from([8, 16, 32]),
+    st.sampled_from([1, 2]), st.one_of(st.none(), st.integers(1, 80)),
 )  # fmt: skip
 def test_every_query_of_an_aligned_tile_meets_its_blocks_in_the_same_order(count, before, block, align, each, window):
     """Cut anywhere, a query sees the blocks that the whole tile would show it, in that order."""

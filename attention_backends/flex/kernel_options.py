@@ -85,6 +85,8 @@ def invariant_options(
     tile = invariant_tile(head_size, element_bytes, kernel_block)
     return {
         "FORCE_USE_FLEX_ATTENTION": True,
+        # Else torch compiles lengths that 128 divides without bounds checks, and those round differently.
+        "IS_DIVISIBLE": False,
         "BLOCK_M": tile_m or min(tile.block_m, query_block),
         "BLOCK_N": tile_n or min(tile.block_n, kernel_block),
         "num_warps": tile.warps,

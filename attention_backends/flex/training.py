@@ -101,8 +101,6 @@ def training_kernel(
     element_bytes = torch.tensor([], dtype=getattr(torch, dtype)).element_size()
     options = invariant_options(device, head_size, element_bytes, kernel_block, query_block, config)
     if not on_cpu:
-        # The same code for whole and ragged lengths: serving never has whole ones.
-        options |= {"IS_DIVISIBLE": False}
         options = {f"fwd_{name}" if name != FORCE else name: value for name, value in options.items()}
     return TrainingKernel(query_block, kv_block, options)
 
