@@ -8,7 +8,7 @@ import torch
 from torch.nn.attention.flex_attention import flex_attention
 
 from makeready.attention_backends.flex import FlexBackend
-from makeready.attention_backends.flex.training import training_kernel
+from makeready.attention_backends.flex.training import soft_cap_modifier, training_kernel
 from makeready.attention_backends.interface import AttentionCall, BuildRequest
 from makeready.attention_backends.reference.impl import ReferenceAttention
 from makeready.cache.specs import AttentionSpec
@@ -123,11 +123,17 @@ def test_a_request_has_the_same_bits_wherever_and_with_whomever_it_runs(
         assert torch.equal(together, whole[end - count : end]), ("in a batch", end, count)
 
 
-@pytest.mark.parametrize("sliding_window", [None, 100])
+def even_distance(request, head, query, key):
+    return (query - key) % (2 + head % 2) == 0
+
+
+@pytest.mark.parametrize(
+    "features", [{}, {"sliding_window": 100}, {"soft_cap": 5.0}, {"mask_mod": even_distance}], ids=lambda f: "+".join(f)
+)
 @pytest.mark.parametrize(("device", "block_size", "heads", "head_size", "dtype"), SHAPES)
-def test_training_has_the_same_bits(device, block_size, heads, head_size, dtype, sliding_window):
+def test_training_has_the_same_bits(device, block_size, heads, head_size, dtype, features):
     impl = built(device, block_size, heads, head_size, dtype)
-    call = AttentionCall(scale=head_size**-0.5, sliding_window=sliding_window)
+    call = AttentionCall(scale=head_size**-0.5, **features)
     length = 333
     mine = sequence(length, heads, head_size, DTYPES[dtype], device, seed=1)
     kernel = training_kernel(
@@ -138,9 +144,12 @@ def test_training_has_the_same_bits(device, block_size, heads, head_size, dtype,
         torch.cat([part, part.new_zeros(padded - length, *part.shape[1:])]).transpose(0, 1)[None] for part in mine
     )
     full = torch.compile(flex_attention, dynamic=False, fullgraph=True)
+    mask = kernel.block_mask(
+        padded, device=device, sliding_window=call.sliding_window, mask_mod=features.get("mask_mod")
+    )
     trained = full(
-        q, k, v, block_mask=kernel.block_mask(padded, device=device, sliding_window=sliding_window), scale=call.scale,
-        enable_gqa=heads[0] != heads[1], kernel_options=dict(kernel.options),
+        q, k, v, score_mod=soft_cap_modifier(call.soft_cap) if call.soft_cap else None, block_mask=mask,
+        scale=call.scale, enable_gqa=heads[0] != heads[1], kernel_options=dict(kernel.options),
     )[0].transpose(0, 1)[:length]  # fmt: skip
     whole = run(impl, paged([mine], [(length, length)], block_size), call)
     assert torch.equal(whole, trained)

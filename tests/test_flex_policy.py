@@ -10,7 +10,6 @@ from makeready.attention_backends.flex import FlexBackend
 from makeready.attention_backends.flex.decode_plan import decode_rows, plan_decode
 from makeready.attention_backends.flex.kernel_options import decode_options, page_options
 from makeready.attention_backends.flex.rows import Row, split_rows, visited_blocks
-from makeready.attention_backends.flex.runs import run_limit
 from makeready.attention_backends.flex.settings import flex_settings
 from makeready.attention_backends.interface import BuildRequest
 from makeready.cache.specs import AttentionSpec
@@ -176,6 +175,9 @@ def test_large_batches_of_short_sequences_are_not_split_and_others_are():
     assert decode_rows(64, 4096, resolved) == 64
     assert decode_rows(256, 1024, resolved) == 256
     assert decode_rows(64, 131072, resolved) > 64
+    narrow = resolve(CUDA, heads=(32, 2), max_num_seqs=256, block_size=64, kernel_block_size=64)
+    assert decode_rows(64, 8192, narrow) == 64
+    assert decode_rows(32, 8192, narrow) > 32
     assert decode_rows(1, 131072, resolved) > 60
     assert decode_rows(1, 131072, replace(resolved, batch_invariant=True)) == 2
 
@@ -190,14 +192,14 @@ def test_buffers_are_small_beside_the_cache():
     assert resolved.buffer_bytes < cache / 100
     blocks = 131072 // 16
     assert resolved.buffer_bytes < 2 * 4 * (1024 + 66 + 64) * (blocks + 64) + 8 * 16384 + 65536
-    tokens = run_limit(resolved)
-    assert tokens * 2 * 8 * 64 * 2 < cache / 100
+    assert resolved.run_bytes == 131072 * 2 * 8 * 64 * 2
+    assert resolved.run_bytes < cache / 100
 
 
 @settings(max_examples=300)
 @given(
-    st.integers(1, 60), st.integers(0, 99), st.sampled_from([4, 16]), st.sampled_from([8, 16, 32]), st.sampled_from([1, 2]),
-    st.one_of(st.none(), st.integers(1, 80)),
+    st.integers(1, 60), st.integers(0, 99), st.sampled_from([4, 16]), st.sampled_from([8, 16, 32]),
+    st.sampled_from([1, 2]), st.one_of(st.none(), st.integers(1, 80)),
 )  # fmt: skip
 def test_every_query_of_an_aligned_tile_meets_its_blocks_in_the_same_order(count, before, block, align, each, window):
     """Cut anywhere, a query sees the blocks that the whole tile would show it, in that order."""

@@ -12,7 +12,7 @@ from ...errors import BackendError
 from ..interface import AttentionCall
 from ..metadata import StepMetadata
 from .compiling import CompiledFlex
-from .decode_plan import DecodePlan
+from .decode_plan import DecodePlan, fills_once
 from .kernel_options import decode_options
 from .kernels.fill import FACTS, fill_rows
 from .kernels.rows import merge_rows, pack_rows
@@ -208,7 +208,9 @@ def attend_rows(
         score,
         (settings.mask_query_block, settings.kernel_block_size),
         call.scale * call.key_scale,
-        decode_options(settings, plan.length * group, split=plan.split, wide=cache.wide),
+        decode_options(
+            settings, plan.length * group, split=plan.split, wave=fills_once(plan.units, settings), wide=cache.wide
+        ),
         not direct,
     )
     if direct:

@@ -6,8 +6,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from .settings import FlexSettings
-from .tiles import FEWEST_ROWS, LONGEST_ROW_BYTES, MANY_PROGRAMS
+from .tiles import FEWEST_ROWS, LONGEST_ROW_BYTES, MANY_PROGRAMS, one_wave
 
+H200_UNITS = 132
+"""Multiprocessors where nobody said."""
 PACKED_ROWS = 64
 """Query rows (tokens times query heads a KV head) up to which a query is packed like a decode."""
 
@@ -58,7 +60,13 @@ def decode_rows(units: int, longest: int, settings: FlexSettings) -> int:
     Splits cost two small kernels (6 of 250 us at 64 x 4k), so a large batch of short sequences does without.
     """
     row_bytes = longest * (settings.head_size + settings.head_size_v) * settings.element_bytes
-    enough = units * settings.num_kv_heads >= MANY_PROGRAMS and row_bytes <= LONGEST_ROW_BYTES
-    if enough or settings.batch_invariant:
+    programs = units * settings.num_kv_heads
+    fill = programs >= MANY_PROGRAMS or (settings.kernel_block_size > 16 and fills_once(units, settings))
+    if settings.batch_invariant or (fill and row_bytes <= LONGEST_ROW_BYTES):
         return max(units, FEWEST_ROWS)
     return max(units + settings.extra_rows, FEWEST_ROWS)
+
+
+def fills_once(units: int, settings: FlexSettings) -> bool:
+    """Whether ``units`` unsplit are about one program a multiprocessor."""
+    return one_wave(units * settings.num_kv_heads, settings.device.compute_units or H200_UNITS, settings.head_size)

@@ -19,7 +19,7 @@ from .lists import block_lists
 from .masks import BlockLists, mark_rows, modifiers
 from .row_batch import RowBatch, as_tokens, pack, row_batch, unpack
 from .rows import split_rows
-from .runs import Run, build_run, gather_run, plan_runs, run_limit
+from .runs import Run, build_run, gather_run, plan_runs
 from .settings import FlexSettings
 from .views import FlatCache, flatten
 
@@ -100,6 +100,7 @@ class FlexAttention(AttentionImpl):
         """
         settings = self.settings
         _check(call, settings)
+        query = query if query.stride(-1) == 1 else query.contiguous()
         cache = flatten(key_cache, value_cache, settings.kernel_block_size, settings.max_view_elements)
         parts = len(metadata.batches) + len(metadata.runs) + (metadata.decode is not None)
         output = None
@@ -163,7 +164,7 @@ class FlexAttention(AttentionImpl):
             return FlexMetadata(step, (), (), decode)
         if settings.batch_invariant:
             return replace(_paged(step, settings, packed), decode=decode)
-        batches = plan_runs(step.query_lens_host, step.seq_lens_host, longer, run_limit(settings))
+        batches = plan_runs(step.query_lens_host, step.seq_lens_host, longer, settings.run_tokens)
         return FlexMetadata(step, (), tuple(build_run(step, batch, settings) for batch in batches), decode)
 
     def _decode(

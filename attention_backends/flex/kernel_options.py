@@ -13,18 +13,21 @@ CPU_OPTIONS = {"PARTITION_SIZE": 100}
 """At a multiple of the KV block, torch may take a decode template whose work grows with the whole cache."""
 
 
-def decode_options(settings: FlexSettings, queries: int, *, split: bool, wide: bool = False) -> dict[str, Any]:
+def decode_options(
+    settings: FlexSettings, queries: int, *, split: bool, wave: bool = False, wide: bool = False
+) -> dict[str, Any]:
     """The options of rows that hold the query heads of a KV head, for one query token or a few.
 
     :param queries: query rows: tokens times query heads a KV head.
     :param split: whether requests are split over several rows.
+    :param wave: whether unsplit requests are about one program a multiprocessor.
     :param wide: whether the view of K is longer than 32 bits can address (TMA addresses tokens, not elements).
     """
     size, width = settings.head_size, settings.element_bytes
     if settings.batch_invariant:
         return _invariant(settings, size, width)
-    tile = decode_tile(size, width, settings.kernel_block_size, split=split)
-    rows = max(16, 1 << (queries - 1).bit_length())
+    tile = decode_tile(size, width, settings.kernel_block_size, split=split, wave=wave)
+    rows = max(tile.block_m, 1 << (queries - 1).bit_length())
     return _options(tile, settings, min(rows, settings.mask_query_block), wide=wide)
 
 
@@ -85,6 +88,8 @@ def invariant_options(
     tile = invariant_tile(head_size, element_bytes, kernel_block)
     return {
         "FORCE_USE_FLEX_ATTENTION": True,
+        # Else torch compiles lengths that 128 divides without bounds checks, and those round differently.
+        "IS_DIVISIBLE": False,
         "BLOCK_M": tile_m or min(tile.block_m, query_block),
         "BLOCK_N": tile_n or min(tile.block_n, kernel_block),
         "num_warps": tile.warps,

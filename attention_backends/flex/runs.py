@@ -55,11 +55,6 @@ def plan_runs(
     return tuple(tuple(batch) for batch in batches)
 
 
-def run_limit(settings: FlexSettings) -> int:
-    """Tokens of a run: the longest sequence, or the step's own prompts where those are more."""
-    return -(-max(settings.max_model_len, 4 * settings.max_num_batched_tokens) // CHUNK) * CHUNK
-
-
 def build_run(step: StepMetadata, requests: Sequence[int], settings: FlexSettings) -> Run:
     """The run of ``requests`` and the rows of their queries."""
     tile = prefill_tile(settings.head_size, settings.element_bytes)

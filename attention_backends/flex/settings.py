@@ -106,6 +106,17 @@ class FlexSettings:
         numbers = rows * (columns + 2 + 6) + self.max_num_seqs + 1 + self.num_blocks + 1
         return IN_FLIGHT * 4 * numbers
 
+    @property
+    def run_tokens(self) -> int:
+        """Tokens of the largest run that long queries gather K and V into: one sequence, or a few steps' prompts."""
+        return _up(max(self.max_model_len, 4 * self.max_num_batched_tokens), 128)
+
+    @property
+    def run_bytes(self) -> int:
+        """Bytes of that run; one layer at a time has it."""
+        width = self.num_kv_heads * (self.head_size + self.head_size_v) * self.element_bytes
+        return self.run_tokens * width if self.fused and not self.batch_invariant else 0
+
     def batch_rows(self, rows: int) -> int:
         """``rows`` padded to a compiled batch size; where rows are symbolic, only one row is a size of its own."""
         if self.fused:

@@ -41,12 +41,23 @@ def key_columns(head_size: int, element_bytes: int, kernel_block: int) -> int:
     return min(kernel_block, max(16, columns))
 
 
-def decode_tile(head_size: int, element_bytes: int, kernel_block: int, *, split: bool = True) -> Tile:
+def one_wave(programs: int, multiprocessors: int, head_size: int) -> bool:
+    """Whether unsplit requests fill the device once, one program a multiprocessor."""
+    return head_size <= 128 and 0.7 * multiprocessors <= programs <= multiprocessors
+
+
+def decode_tile(
+    head_size: int, element_bytes: int, kernel_block: int, *, split: bool = True, wave: bool = False
+) -> Tile:
     """The tile of single query tokens, whose query heads of one KV head are the rows.
 
     :param split: whether requests are split, or each is one program a KV head.
+    :param wave: whether those programs are about one a multiprocessor.
     """
     columns = key_columns(head_size, element_bytes, kernel_block)
+    if wave and not split and columns > 16:
+        # 64 x 8k, 32/2/128, 128 programs: block 64 127 us (FA3 129), block 2112 as 33 x 64 125 (127).
+        return Tile(block_m=64, block_n=columns, warps=4, stages=4)
     if columns == 16:
         # 64 x 4k, 32/8/128, block 16: 248 us (FA3 249); 256 x 1k: 246 (274); 1 x 128k in 66 splits: 134 (133).
         return Tile(block_m=16, block_n=16, warps=2, stages=3, programs=528)

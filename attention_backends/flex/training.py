@@ -22,7 +22,7 @@ from torch.nn.attention.flex_attention import BlockMask
 from ...config import AttentionConfig
 from ...device import DeviceFacts
 from .kernel_options import invariant_options
-from .rows import Row, visited_blocks
+from .rows import BlockRange, Row, visited_blocks
 from .settings import invariant_kv_block, invariant_query_block
 
 FORCE = "FORCE_USE_FLEX_ATTENTION"
@@ -43,11 +43,19 @@ class TrainingKernel:
         return -(-seq_len // multiple) * multiple
 
     def block_mask(
-        self, seq_len: int, *, device: torch.device | str, causal: bool = True, sliding_window: int | None = None
+        self,
+        seq_len: int,
+        *,
+        device: torch.device | str,
+        causal: bool = True,
+        sliding_window: int | None = None,
+        mask_mod: Callable[..., torch.Tensor] | None = None,
     ) -> BlockMask:
         """The mask of ``seq_len`` queries over as many keys, one for all sequences and heads.
 
         :param sliding_window: keys that a query sees, itself included.
+        :param mask_mod: flex_attention's ``mask_mod(batch, head, query, key)``, which narrows the rest; it stands for
+            the user's own of ``AttentionCall``.
         """
         tiles = -(-seq_len // self.query_block)
         spans = [
@@ -56,6 +64,8 @@ class TrainingKernel:
             )
             for tile in range(tiles)
         ]
+        if mask_mod is not None:
+            spans = [BlockRange(span.first, span.end, span.end, span.end) for span in spans]
         blocks = -(-seq_len // self.kv_block)
         column = torch.arange(blocks)
         bounds = torch.tensor([(s.first, s.full, s.tail, min(s.end, blocks)) for s in spans])
@@ -74,7 +84,7 @@ class TrainingKernel:
             on_device(tail - full),
             on_device(whole, blocks),
             BLOCK_SIZE=(self.query_block, self.kv_block),
-            mask_mod=_mask(causal, sliding_window),
+            mask_mod=_mask(causal, sliding_window, mask_mod),
             seq_lengths=(seq_len, seq_len),
         )
 
@@ -101,19 +111,26 @@ def training_kernel(
     element_bytes = torch.tensor([], dtype=getattr(torch, dtype)).element_size()
     options = invariant_options(device, head_size, element_bytes, kernel_block, query_block, config)
     if not on_cpu:
-        # The same code for whole and ragged lengths: serving never has whole ones.
-        options |= {"IS_DIVISIBLE": False}
         options = {f"fwd_{name}" if name != FORCE else name: value for name, value in options.items()}
     return TrainingKernel(query_block, kv_block, options)
 
 
-def _mask(causal: bool, window: int | None) -> Callable[..., torch.Tensor]:
+def soft_cap_modifier(soft_cap: float) -> Callable[..., torch.Tensor]:
+    """The ``score_mod`` of a soft cap, in the backend's own arithmetic."""
+
+    def cap(score: torch.Tensor, b: torch.Tensor, h: torch.Tensor, q: torch.Tensor, kv: torch.Tensor) -> torch.Tensor:
+        return soft_cap * torch.tanh(score / soft_cap)
+
+    return cap
+
+
+def _mask(causal: bool, window: int | None, own: Callable[..., torch.Tensor] | None) -> Callable[..., torch.Tensor]:
     def mask(b: torch.Tensor, h: torch.Tensor, q: torch.Tensor, kv: torch.Tensor) -> torch.Tensor:
         seen = q >= kv if causal else kv >= 0
         if window is not None:
             seen = seen & (q - kv < window)
             if not causal:
                 seen = seen & (kv - q < window)
-        return seen
+        return seen if own is None else seen & own(b, h, q, kv)
 
     return mask

@@ -130,9 +130,9 @@ def fill_rows(
 
     blocks_of = table + my_request.to(tl.int64) * table_stride
     ragged = tl.where(head > 0, start, rest)
-    block = tl.load(blocks_of + ragged // PER_BLOCK, mask=masked_count > 0, other=0)
-    ragged = block * BLOCK_STRIDE + ragged % PER_BLOCK - ragged
-    tl.store(facts + 5 * facts_stride + row, tl.where(masked_count > 0, ragged * KERNEL_BLOCK, 0))
+    ragged_block = tl.load(blocks_of + ragged // PER_BLOCK, mask=masked_count > 0, other=0)
+    shift = (ragged_block * BLOCK_STRIDE + ragged % PER_BLOCK - ragged) * KERNEL_BLOCK
+    tl.store(facts + 5 * facts_stride + row, tl.where(masked_count > 0, shift, 0))
     column = tl.arange(0, CHUNK)
     # One column past the last names the null block: the kernel looks one block ahead.
     for done in range(0, whole_count + 1, CHUNK):
