@@ -67,14 +67,16 @@ Key = tuple[str, int, int]
 TOLERANCE = 1e-2
 """Largest relative root-mean-square error of bfloat16 against float32."""
 BUILT_IN = "table"
+HOPELESS = 1.3
+"""Times the present table's, from which a candidate is not measured to the end."""
 DECODES: tuple[DecodeConfig, ...] = tuple(
     DecodeConfig(tile=tile, warps=warps, stages=stages, swap=swap, programs=programs)
-    for tile, warps, stages, swap, programs in product((32, 64, 128), (2, 4), (2, 3, 4), (False, True), (2, 3))
+    for tile, warps, stages, swap, programs in product((32, 64), (2, 4, 8), (2, 3, 4), (False, True), (1, 2, 3, 4))
 )
 PREFILLS: tuple[PrefillConfig, ...] = tuple(
     PrefillConfig(block_m=rows, block_n=keys, warps=warps, stages=stages, source=source)
     for rows, keys, warps, stages, source in product(
-        (64, 128, 256), (64, 128), (4, 8), (2, 3, 4), ("pages", "page tiles", "gathered", "copies")
+        (64, 128, 256), (64, 128), (4, 8), (2, 3, 4), ("pages", "gathered", "copies")
     )
     if rows * keys <= 256 * 64 or warps == 8
 )
@@ -129,8 +131,8 @@ def candidates(case: Case) -> list[Config]:
     """What is worth trying on ``case``."""
     if case.kind == "decode":
         return list(DECODES)
-    group, queries = case.heads[0] // case.heads[1], sum(case.query_lens)
-    return [config for config in PREFILLS if serves(config, group, queries, case.block_size)]
+    group, queries = case.heads[0] // case.heads[1], sum(case.query_lens) // len(case.query_lens)
+    return [config for config in PREFILLS if serves(config, group, queries)]
 
 
 def best(found: Sequence[Measured], device: str, measured: str) -> tuple[Entry, ...]:
@@ -234,7 +236,10 @@ def _measure(
     if not row["rms_error"] <= TOLERANCE:
         row["error"] = f"wrong: over {TOLERANCE:.0e} against float32"
         return None
-    timings = time_together({"": run, BUILT_IN: present}, device=reference.device.type, repeats=repeats)
+    together = partial(time_together, {"": run, BUILT_IN: present}, device=reference.device.type)
+    timings = together(repeats=min(3, repeats))
+    if timings[""].median_us < HOPELESS * timings[BUILT_IN].median_us:
+        timings = together(repeats=repeats)
     row["us"] = timings[""].median_us
     row["relative"] = 1.0 if config is None else row["us"] / timings[BUILT_IN].median_us
     one = Measured(case, config, row["us"], row["relative"])

@@ -34,7 +34,7 @@ SLOW = DecodeConfig(tile=32, warps=2, stages=2, swap=False, programs=2)
 FAST = DecodeConfig(tile=128, warps=8, stages=4, swap=True, programs=5)
 FACTS = {"head_size": 128, "rows": 4, "narrow": False, "invariant": False, "max_model_len": 4096}
 STEP = {
-    "queries": 4096, "keys": 4096, "block_size": 16, "causal": True, "narrow": False, "invariant": False,
+    "requests": 1, "queries": 4096, "keys": 4096, "block_size": 16, "causal": True, "narrow": False, "invariant": False,
     "max_model_len": 4096,
 }  # fmt: skip
 
@@ -121,15 +121,20 @@ def test_an_entry_serves_its_own_device_and_shape_alone():
 
 
 def test_a_prefill_entry_serves_where_its_way_to_read_holds():
-    tiles = PrefillConfig(block_m=128, block_n=64, warps=4, stages=2, source="page tiles")
-    configs = Configs([entry(tiles)])
-    assert configs.prefill(HERE, 128, 128, 4, **{**STEP, "block_size": 192}) == tiles
-    for shape, step in (((128, 128, 4), STEP), ((128, 64, 4), STEP), ((128, 128, 4), {**STEP, "causal": False})):
-        assert configs.prefill(HERE, *shape, **step) != tiles
-    copies = replace(tiles, source="copies")
-    assert serves(copies, 4, 4096, 16)
-    assert not serves(copies, 4, 16, 16)
-    assert not serves(replace(tiles, block_m=8), 16, 4096, 64)
+    copies = PrefillConfig(block_m=128, block_n=64, warps=4, stages=2, source="copies")
+    configs = Configs([entry(copies)])
+    assert configs.prefill(HERE, 128, 128, 4, **STEP) == copies
+    for shape, given in (
+        ((128, 128, 4), {"requests": 64}),
+        ((128, 64, 4), {}),
+        ((128, 128, 4), {"causal": False}),
+        ((128, 128, 4), {"invariant": True}),
+    ):
+        assert configs.prefill(HERE, *shape, **{**STEP, **given}) != copies
+    assert serves(copies, 4, 4096)
+    assert not serves(copies, 4, 16)
+    assert serves(replace(copies, source="pages"), 4, 16)
+    assert not serves(replace(copies, block_m=8), 16, 4096)
 
 
 def test_a_forced_configuration_answers_everything_of_its_kind():
@@ -143,7 +148,8 @@ def test_every_candidate_of_a_case_can_serve_it():
     for one in tune.CASES + tune.MORE_CASES:
         if one.kind == "prefill":
             group = one.heads[0] // one.heads[1]
-            assert all(serves(found, group, sum(one.query_lens), one.block_size) for found in tune.candidates(one))
+            queries = sum(one.query_lens) // len(one.query_lens)
+            assert all(serves(found, group, queries) for found in tune.candidates(one))
         assert padded(one.head_size) == tune.key_of(one)[1]
 
 

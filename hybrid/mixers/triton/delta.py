@@ -9,6 +9,9 @@ from .chunks import chunk_table
 from .kernels.delta import delta_outputs, delta_prepare, delta_states, delta_step, kda_scan
 from .tiles import Tile, delta_tile, power_of_two, products, step_tile
 
+_WARPS, _CHANNEL_WARPS = 4, 4
+"""Warps that prepare a chunk with one decay per head, or one per channel."""
+
 
 def delta(
     q: torch.Tensor,
@@ -50,12 +53,12 @@ def delta(
     lines = torch.empty(3, heads, tokens, dtype=torch.float32, device=v.device)
     blocks = {"BLOCK_K": power_of_two(size, 16), "BLOCK_L": length, **products(v.dtype)}
     delta_prepare[(count, heads)](
-        q, k, g, beta, pairs[0], pairs[1], lines[0], lines[1:], batch.query_start, chunks,
-        batch.num_requests, size, tokens, scale, *sides, *decays, *pairs.stride()[1:3],
+        q, k, g, beta, pairs[0], pairs[1], lines[0], lines[1:], chunks,
+        size, tokens, scale, *sides, *decays, *pairs.stride()[1:3],
         **shared, **blocks, CHANNELS=channels, NORMALISE=l2norm,
-        EXACT="ieee" if v.dtype == torch.float32 else "tf32x3", num_warps=2 if channels else 4,
+        EXACT="ieee" if v.dtype == torch.float32 else "tf32x3", num_warps=_CHANNEL_WARPS if channels else _WARPS,
     )  # fmt: skip
-    options = {"BLOCK_V": scan.rows, "num_warps": scan.warps, "num_stages": scan.stages}
+    options = {"BLOCK_V": scan.rows, **scan.options}
     walks = (-(-width // scan.rows), heads, batch.num_requests)
     if channels:
         kda_scan[walks](
@@ -72,7 +75,7 @@ def delta(
         *before.stride()[:3], *written.stride()[:2], **shared, **blocks, **options,
     )  # fmt: skip
     delta_outputs[(-(-width // scan.rows), heads, count)](
-        q, pairs[1], lines[0], lines[1:], before, written, out, *where, chunks, batch.num_requests,
+        q, pairs[1], lines[0], lines[1:], before, written, out, batch.slots, batch.fresh, chunks,
         size, width, tokens, *q.stride()[:2], *pairs.stride()[1:3], *before.stride()[:3], *written.stride()[:2],
         *out.stride()[:2], **shared, **blocks, BLOCK_V=scan.rows, num_warps=4,
     )  # fmt: skip

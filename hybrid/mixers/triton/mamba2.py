@@ -29,7 +29,7 @@ class Mamba2Tiles:
     """Tokens before, whose outputs are added at once."""
     inner: int
     """Part of N that products over it take at once."""
-    pairs: torch.dtype = torch.float32
+    pairs: torch.dtype
     """In which the products of C and B are kept."""
 
 
@@ -39,13 +39,16 @@ def default_tiles(width: int, size: int, dtype: torch.dtype, state_bytes: int) -
     rows, columns = power_of_two(width, 16), power_of_two(size, 16)
     if dtype == torch.float32:
         tile = Tile(rows=min(32, rows), tokens=32)
-        return Mamba2Tiles(step=step, chunk=32, states=tile, outputs=tile, earlier=32, inner=min(32, columns))
+        return Mamba2Tiles(
+            step=step, chunk=32, states=tile, outputs=tile, earlier=32, inner=min(32, columns), pairs=dtype
+        )
     return Mamba2Tiles(
         step=step,
         chunk=128,
         states=Tile(rows=64, tokens=min(128, columns), warps=4, stages=2),
         outputs=Tile(rows=min(128, max(rows, 64)), tokens=64, warps=4, stages=3),
-        earlier=64,
+        earlier=32,
+        pairs=dtype,
         inner=min(64, columns),
     )
 
@@ -96,11 +99,11 @@ def mamba2(
     pairs = torch.empty(tokens, groups, length, dtype=tiles.pairs, device=x.device)
     before = torch.empty(count, heads, size, width, dtype=x.dtype, device=x.device)
     mamba2_decays[(count, -(-heads // _HEADS))](
-        dt, A, dt_bias, steps, totals, batch.query_start, chunks, batch.num_requests, heads, tokens, *limits[:2],
+        dt, A, dt_bias, steps, totals, chunks, heads, tokens, *limits[:2],
         dt.stride(0), **times, BLOCK_H=_HEADS, BLOCK_L=length, num_warps=4,
     )  # fmt: skip
     mamba2_pairs[(count, groups)](
-        B, C, pairs, batch.query_start, chunks, batch.num_requests, size,
+        B, C, pairs, chunks, size,
         *B.stride()[:2], *C.stride()[:2], *pairs.stride()[:2],
         BLOCK_N=tiles.inner, BLOCK_L=length, **products(x.dtype), num_warps=8 if length > 64 else 4,
     )  # fmt: skip
@@ -109,13 +112,13 @@ def mamba2(
         x, B, steps, totals, state, before, *where, firsts, width, size, tokens,
         *x.stride()[:2], *B.stride()[:2], *state.stride(), *before.stride()[:3], **shared,
         BLOCK_P=tile.rows, BLOCK_N=tile.tokens, BLOCK_L=length, **products(x.dtype),
-        num_warps=tile.warps, num_stages=tile.stages,
+        **tile.options,
     )  # fmt: skip
     tile = tiles.outputs
     mamba2_outputs[(-(-width // tile.rows) * -(-length // tile.tokens), heads, count)](
-        x, C, D, z, steps, totals, pairs, before, out, *where, chunks, batch.num_requests, width, size, tokens,
+        x, C, D, z, steps, totals, pairs, before, out, batch.slots, batch.fresh, chunks, width, size, tokens,
         *x.stride()[:2], *C.stride()[:2], *pairs.stride()[:2], *skips, *gates, *before.stride()[:3], *out.stride()[:2],
         **shared, **extras, BLOCK_P=tile.rows, BLOCK_N=tiles.inner, BLOCK_T=tile.tokens, BLOCK_J=tiles.earlier,
-        BLOCK_L=length, **products(x.dtype), num_warps=tile.warps, num_stages=tile.stages,
+        BLOCK_L=length, **products(x.dtype), **tile.options,
     )  # fmt: skip
     return out

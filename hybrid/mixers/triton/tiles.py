@@ -24,6 +24,14 @@ class Tile:
     tokens: int = 1
     warps: int = 4
     stages: int = 1
+    registers: int | None = None
+    """Most registers a thread may have, so that more programs run beside each other; CUDA only."""
+
+    @property
+    def options(self) -> dict[str, int]:
+        """How a launch says it."""
+        limit = {} if self.registers is None else {"maxnreg": self.registers}
+        return {"num_warps": self.warps, "num_stages": self.stages, **limit}
 
 
 def power_of_two(size: int, least: int = 1) -> int:
