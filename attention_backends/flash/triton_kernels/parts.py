@@ -37,14 +37,22 @@ def with_sink(m, norm, acc, sink):
 
 
 @triton.jit
-def row_sums(w, KEYS: tl.constexpr):
-    """Sums of (R, KEYS) over the keys by a matrix product, which adds in one order whatever the layout of ``w`` is."""
-    ones = tl.full([KEYS, 16], 1.0, w.dtype)
-    return tl.max(tl.dot(w, ones), 1)
+def row_sums(w, ROWS: tl.constexpr, KEYS: tl.constexpr):
+    """Sums of (ROWS, KEYS) over the keys in one order, whatever the layout of ``w`` is, where ``tl.sum`` has several.
 
-
-@triton.jit
-def column_sums(w, KEYS: tl.constexpr):
-    """As :func:`row_sums`, of (KEYS, R)."""
-    ones = tl.full([16, KEYS], 1.0, w.dtype)
-    return tl.max(tl.dot(ones, w), 0)
+    Two numbers at a time, which commute: first keys that are a multiple of 8 apart, then neighbours, then the rest,
+    so that in the layout of a matrix product only the last two steps leave a thread. KEYS is 16 to 128.
+    """
+    if KEYS == 128:
+        x = tl.reshape(w, [ROWS, 2, KEYS // 2])
+        w = tl.sum(x, 1)
+    if KEYS >= 64:
+        x = tl.reshape(w, [ROWS, 2, 32])
+        w = tl.sum(x, 1)
+    if KEYS >= 32:
+        x = tl.reshape(w, [ROWS, 2, 16])
+        w = tl.sum(x, 1)
+    x = tl.sum(tl.reshape(w, [ROWS, 2, 8]), 1)
+    x = tl.sum(tl.reshape(x, [ROWS, 4, 2]), 2)
+    x = tl.sum(tl.reshape(x, [ROWS, 2, 2]), 2)
+    return tl.sum(x, 1)
