@@ -107,7 +107,7 @@ TABLE: tuple[Entry, ...] = (
         context=_prefill(128, 128, 8, 3, "gathered"),
         pages=_prefill(64, 64, 4, 3, "pages"),
         invariant_prefill=_prefill(64, 64, 4, 3, "gathered"),
-        measured="decode 64 x 4k 32/8: 1.02 of FA3, fp8 64 x 8k 2.8 TB/s; prefill 1 x 8k: 552 TFLOP/s, 0.85; mixed 0.81",
+        measured="decode 64 x 4k 32/8: 1.02 of FA3, fp8 2.8 TB/s; prefill 1 x 8k: 542 TFLOP/s, 0.86; mixed 0.80",
     ),
     Entry(
         device="hopper",
@@ -120,7 +120,7 @@ TABLE: tuple[Entry, ...] = (
         context=_prefill(128, 64, 8, 2, "gathered"),
         pages=_prefill(128, 64, 8, 2, "pages"),
         invariant_prefill=_prefill(128, 64, 8, 2, "gathered"),
-        measured="decode 32 x 8k 16/2: 1.02 of FA3; prefill 1 x 8k 16/2: 563 TFLOP/s, 0.75",
+        measured="decode 32 x 8k 16/2: 1.02 of FA3; prefill 1 x 8k 16/2: 524 TFLOP/s, 0.74",
     ),
     Entry(
         device="any",
