@@ -287,7 +287,17 @@ class _Benchmarks(click.Group):
             return None
 
         def measure(arguments: tuple[str, ...]) -> None:
-            sys.exit(found.load()(arguments))
+            try:
+                main = found.load()
+            except ModuleNotFoundError as error:
+                raise ConfigError(
+                    f"makeready bench {name} needs {error.name}, which is not installed "
+                    "(pip install 'makeready[engine,triton]')",
+                    option="bench",
+                    value=name,
+                    expected=error.name,
+                ) from error
+            sys.exit(main(arguments))
 
         return click.Command(
             name,

@@ -8,13 +8,14 @@ serves ``plan`` on machines without the device. The second half (:class:`Attenti
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from ..cache.specs import AttentionSpec
 from ..config import AttentionConfig
 from ..device import DeviceFacts
+from ..errors import BackendError
 
 if TYPE_CHECKING:
     import torch
@@ -184,12 +185,31 @@ class AttentionCall:
     soft_cap: float | None = None
     sinks: torch.Tensor | None = None
     """One logit per query head, shape (num_query_heads,)."""
+    mask_mod: Callable[..., torch.Tensor] | None = None
+    """Flex only: ``mask_mod(request, head, query, key) -> bool``, of positions in the request's own sequence and of
+    the request's place in the step; narrows what ``causal`` and ``sliding_window`` leave. See ``flex.mods``."""
+    score_mod: Callable[..., torch.Tensor] | None = None
+    """Flex only: ``score_mod(score, request, head, query, key) -> score``, after scaling and soft cap."""
     alibi_slopes: torch.Tensor | None = None
     """Slope of each query head, shape (num_query_heads,): times key position minus query position, on every score."""
     key_scale: float = 1.0
     """What the stored keys are multiplied with."""
     value_scale: float = 1.0
     """What the stored values are multiplied with."""
+
+    def refuse_own_masks(self, backend: str) -> None:
+        """For a backend that cannot follow them.
+
+        :raises BackendError: if there is a mask or a score modifier of the user's own.
+        """
+        for name, value in (("mask_mod", self.mask_mod), ("score_mod", self.score_mod)):
+            if value is not None:
+                raise BackendError(
+                    f"{backend} has no masks or scores of the user's own; flex follows {name}",
+                    option=name,
+                    value=value,
+                    expected="backend flex",
+                )
 
 
 class AttentionImpl(ABC):

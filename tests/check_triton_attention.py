@@ -126,12 +126,27 @@ def test_prefill_from_pages(feature, fixed):
     close(case, run_prefill(case, call, fixed=fixed), call)
 
 
-@pytest.mark.parametrize("source", ["gathered", "copies", "page tiles"])
+@pytest.mark.parametrize("source", ["gathered", "copies"])
 @pytest.mark.parametrize("feature", FEATURES)
 def test_prefill_from_other_sources(feature, source):
     case = make_case([70, 131], [70, 40], heads=(7, 1), head_size=32, block_size=64, clear=False)
     call = call_of(case, **FEATURES[feature](7))
     close(case, run_prefill(case, call, source=source), call)
+
+
+@pytest.mark.parametrize("source", ["pages", "gathered", "copies"])
+def test_blocks_that_a_window_has_passed_are_not_read(source):
+    case = make_case([170, 131], [40, 1], heads=(4, 2), head_size=32, clear=False)
+    call = call_of(case, sliding_window=33)
+    for row, length, q_len in zip(case.step.block_table, (170, 131), (40, 1), strict=True):
+        passed = (length - q_len - 33 + 1) // 16
+        for cache in (case.key_cache, case.value_cache):
+            cache[row[:passed].long()] = float("nan")
+            cache[row[passed].long(), : (length - q_len - 33 + 1) % 16] = float("nan")
+    close(case, run_prefill(case, call, source=source), call)
+    close(case, run_prefill(case, call, source=source, fixed=2), call)
+    close(case, run_decode(case, call), call, rows=[40])
+    close(case, run_decode(case, call, queries=64), call)
 
 
 @pytest.mark.parametrize("window", [None, 21])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import sys
 
 import pytest
 import torch
@@ -43,6 +44,13 @@ def test_an_unknown_benchmark_is_refused_by_name(capsys):
     code, _, err = run(capsys, "nonsense")
     assert code == 2
     assert "nonsense" in err
+
+
+def test_a_benchmark_without_its_software_says_what_to_install(capsys, monkeypatch):
+    monkeypatch.setitem(sys.modules, "makeready.benchmarks.attention", None)  # as if it did not import
+    code, _, err = run(capsys, "attention", "--small")
+    assert code == 2
+    assert "makeready bench attention needs makeready.benchmarks.attention, which is not installed (pip" in err
 
 
 def test_rows_are_written_as_they_come_and_a_failed_case_does_not_end_the_run(tmp_path, capsys):

@@ -270,8 +270,10 @@ def test_automatic_choice_takes_the_first_that_can_serve_and_the_asked_one_or_no
 
 def test_automatic_choice_passes_over_fa4_where_it_cannot_split():
     flash = FlashBackend([installed(FlashAttention4)])
-    with pytest.raises(BackendError, match=r"fa4: its kernels for compute capability 9\.x do not split K and V"):
+    with pytest.raises(BackendError, match=r"only when asked: its kernels for compute capability 9\.x do not split"):
         flash.build(request_for(HOPPER))
+    assert not flash.probe(HOPPER).available
+    assert FlashBackend(flash.providers, asked="fa4").probe(HOPPER).available
     (facts,) = flash.providers_on(HOPPER)
     assert facts.available
     assert "taken only when asked: its kernels for compute capability 9.x" in facts.constraints

@@ -8,6 +8,7 @@ import torch
 
 from makeready.attention_backends.flex import FlexBackend
 from makeready.attention_backends.flex.impl import FlexAttention
+from makeready.attention_backends.flex.mods import both, documents, prefix_lm
 from makeready.attention_backends.flex.settings import flex_settings
 from makeready.attention_backends.interface import AttentionCall, BuildRequest
 from makeready.attention_backends.reference.impl import ReferenceAttention
@@ -94,6 +95,29 @@ def test_block_sizes_layouts_heads_and_dtypes(device, block_size, heads, head_si
     case = make_case(
         [600, 37, 530, 1], [1, 5, 2, 1], num_blocks=96 if block_size < 500 else 8, block_size=block_size,
         heads=heads, head_size=head_size, dtype=DTYPES[dtype], layout=layout, device=device,
+    )  # fmt: skip
+    compare(impl, case, AttentionCall(scale=head_size**-0.5), dtype)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize(
+    ("head_size", "heads", "dtype", "placement"),
+    [
+        (64, (3, 3), "float32", "random"),
+        (80, (6, 2), "bfloat16", "interleaved"),
+        (96, (4, 2), "float16", "reversed"),
+        (128, (8, 1), "bfloat16", "random"),
+        (192, (16, 1), "float32", "interleaved"),
+        (256, (8, 2), "float16", "reversed"),
+    ],
+)
+def test_head_sizes_and_groups(device, head_size, heads, dtype, placement):
+    """Ragged lengths; everything that no request holds is NaN."""
+    impl = built(device, 16, heads, head_size, dtype)
+    q_lens = [1, 1, 1] if device == "cpu" else [1, 70, 1]
+    case = make_case(
+        [200, 77, 16], q_lens, num_blocks=40, heads=heads, head_size=head_size, dtype=DTYPES[dtype],
+        placement=placement, device=device,
     )  # fmt: skip
     compare(impl, case, AttentionCall(scale=head_size**-0.5), dtype)
 
@@ -194,3 +218,162 @@ def test_a_cache_beyond_the_address_range_is_refused_at_build():
             request("cuda", 16, (8, 8), 128, num_blocks=131072),
             FlexBackend().capabilities(DeviceFacts(platform="cuda", device_type="cuda")),
         )
+
+
+def dense(case, call, mask, score=None):
+    """Float32 attention of each request with a mask over positions, densely."""
+    rows = []
+    query, step = case.query.float(), case.step
+    for request, (q_len, seq_len) in enumerate(zip(step.query_lens_host, step.seq_lens_host, strict=True)):
+        q, query = query[:q_len], query[q_len:]
+        group = q.shape[1] // case.keys[request].shape[1]
+        k, v = (part.float().repeat_interleave(group, 1) for part in (case.keys[request], case.values[request]))
+        scores = torch.einsum("qhd,khd->hqk", q, k) * call.scale
+        at = (
+            torch.arange(seq_len - q_len, seq_len, device=q.device)[:, None],
+            torch.arange(seq_len, device=q.device)[None],
+        )
+        numbers = torch.tensor(request, device=q.device), torch.arange(q.shape[1], device=q.device)[:, None, None]
+        if score is not None:
+            scores = score(scores, *numbers, *at)
+        scores = scores.masked_fill(~mask(*numbers, *at).broadcast_to(scores.shape), float("-inf"))
+        rows.append(torch.einsum("hqk,khd->qhd", scores.softmax(-1), v))
+    return torch.cat(rows)
+
+
+def custom(device, name):
+    """(changes of the call, the mask as a whole, the score modifier) of one kind of attention."""
+
+    def before(request, head, query, key):
+        return key <= query
+
+    if name == "prefix-LM":
+        mask = prefix_lm(torch.tensor([20, 70, 3], dtype=torch.int32, device=device))
+        return {"causal": False, "mask_mod": mask}, mask, None
+    if name == "documents":
+        ids = (torch.arange(160, device=device)[None] // torch.tensor([[7], [33], [50]], device=device)).int()
+        return {"mask_mod": documents(ids)}, both(documents(ids), before), None
+
+    def even_distance(request, head, query, key):
+        return (query - key) % (2 + request + head % 2) == 0
+
+    def nearer(score, request, head, query, key):
+        return score - 0.1 * (query - key) * (1 + head) + request
+
+    return {"mask_mod": even_distance, "score_mod": nearer}, both(even_distance, before), nearer
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("name", ["prefix-LM", "documents", "the user's own"])
+def test_masks_in_positions_of_the_request(device, name):
+    """Decode, chunk and short query; adversarial placement: positions are logical, not physical."""
+    changes, mask, score = custom(device, name)
+    call = replace(CALL, **changes)
+    for placement in ("interleaved", "reversed"):
+        case = make_case([150, 100, 9], [1, 40, 2], num_blocks=96, placement=placement, device=device)
+        impl = built(device)
+        out = impl.forward(case.query, case.key_cache, case.value_cache, impl.prepare(case.step), call)
+        torch.testing.assert_close(out.float(), dense(case, call, mask, score), atol=2e-5, rtol=2e-5)
+    before = impl.compile_count
+    case = make_case([120, 90, 30], [1, 33, 3], num_blocks=96, device=device)
+    impl.forward(case.query, case.key_cache, case.value_cache, impl.prepare(case.step), call)
+    assert impl.compile_count == before
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_alibi(device):
+    slopes = torch.tensor([0.5, 0.25, 0.125, 0.0625], device=device)
+    case = make_case([150, 100, 9], [1, 40, 1], num_blocks=96, device=device, placement="interleaved")
+    compare(built(device), case, replace(CALL, alibi_slopes=slopes))
+
+
+@pytest.mark.cuda
+def test_no_compilation_as_batch_and_lengths_change():
+    """One variant a way of asking: decodes, split decodes, drafts, prompts."""
+    impl = FlexBackend().build(request("cuda"))
+    steps = [
+        ([5, 37], [1, 1]), ([700], [1]), ([5, 37, 48, 300], [1, 3, 1, 1]), ([300], [200]), ([128, 256], [128, 256]),
+        ([300, 4, 130], [77, 1, 130]),
+    ]  # fmt: skip
+    for seq_lens, q_lens in steps:
+        compare(impl, make_case(seq_lens, q_lens, num_blocks=96, device="cuda"), CALL)
+    compiled = impl.compile_count
+    assert compiled <= 6
+    for seed in range(4):
+        for count in (2, 3, 5, 8):
+            case = make_case([17 + 31 * i + seed for i in range(count)], [1] * count, num_blocks=96, device="cuda")
+            compare(impl, case, CALL)
+        lens = [130 + seed, 90 + 7 * seed, 64]
+        compare(impl, make_case(lens, [lens[0], 60 + seed, 1], num_blocks=96, device="cuda"), CALL)
+    assert impl.compile_count == compiled
+
+
+@pytest.mark.cuda
+def test_a_captured_graph_follows_later_steps():
+    from makeready.attention_backends.persistent import StepBuffers
+    from makeready.cache.block_table import BlockTable
+
+    impl = FlexBackend().build(request("cuda"))
+    buffers = StepBuffers(
+        max_num_seqs=8, max_num_batched_tokens=64, max_blocks=66, block_size=16, device=torch.device("cuda")
+    )
+    step = buffers.captured(4, 1056)
+    first = make_case([5, 37, 700], [1, 1, 1], num_blocks=96, device="cuda")
+    query = torch.zeros(4, *first.query.shape[1:], device="cuda")
+    caches = first.key_cache, first.value_cache
+
+    def run():
+        return impl.forward(query, *caches, impl.prepare(step), CALL)
+
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        run()
+        run()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out = run()
+    for seed in range(4):
+        case = make_case([5 + seed, 37, 700 + 7 * seed][: 3 - seed % 2], [1] * (3 - seed % 2), num_blocks=96,
+                         device="cuda", seed=seed)  # fmt: skip
+        caches[0].copy_(case.key_cache)
+        caches[1].copy_(case.value_cache)
+        tables = []
+        for row, length in zip(case.step.block_table.tolist(), case.step.seq_lens_host, strict=True):
+            table = BlockTable(16)
+            table.append(row[: -(-length // 16)])
+            tables.append(table)
+        buffers.fill(tables, [length - 1 for length in case.step.seq_lens_host], [1] * len(tables), rows=4)
+        query[: len(tables)] = case.query
+        graph.replay()
+        expected = ReferenceAttention().forward(case.query, case.key_cache, case.value_cache, case.step, CALL)
+        torch.testing.assert_close(out[: len(tables)], expected, atol=3e-3, rtol=3e-3)
+        assert torch.isfinite(out).all()
+
+
+@pytest.mark.cuda
+def test_kv_beyond_2_to_the_31_elements():
+    """Blocks at the far end of a view that 32 bits cannot address."""
+    heads, size, block_size = (8, 8), 128, 64
+    num_blocks = 2**31 // (2 * heads[1] * size * block_size) + 200
+    base = request("cuda", block_size, heads, size, "bfloat16", num_blocks=num_blocks)
+    device = replace(base.device, compute_capability=torch.cuda.get_device_capability())
+    impl = FlexBackend().build(replace(base, device=device))
+    cache = torch.zeros(num_blocks, block_size, 2, heads[1], size, dtype=torch.bfloat16, device="cuda")
+    table = [num_blocks - 1, 1, num_blocks - 7, num_blocks // 2 + 3, num_blocks - 100]
+    cache[table] = torch.randn(len(table), block_size, 2, heads[1], size, device="cuda").bfloat16()
+    key, value = cache.unbind(2)
+    for q_len in (1, 200):
+        query = torch.randn(q_len, heads[0], size, device="cuda").bfloat16()
+        step = step_of([300], [q_len], [table], block_size, "cuda")
+        call = AttentionCall(scale=size**-0.5)
+        out = impl.forward(query, key, value, impl.prepare(step), call)
+        expected = ReferenceAttention().forward(query, key, value, step, call)
+        torch.testing.assert_close(out.float(), expected.float(), atol=2e-2, rtol=2e-2)
+
+
+def test_other_backends_refuse_masks_of_the_users_own():
+    case = make_case([30], [1], num_blocks=96)
+    call = replace(CALL, mask_mod=documents(torch.zeros(1, 30, dtype=torch.int32)))
+    with pytest.raises(BackendError, match="reference has no masks or scores of the user's own; flex follows mask_mod"):
+        ReferenceAttention().forward(case.query, case.key_cache, case.value_cache, case.step, call)

@@ -7,7 +7,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from makeready.attention_backends.flex import FlexBackend
-from makeready.attention_backends.flex.kernel_options import kernel_options
+from makeready.attention_backends.flex.decode_plan import decode_rows, plan_decode
+from makeready.attention_backends.flex.kernel_options import decode_options, page_options
 from makeready.attention_backends.flex.rows import Row, split_rows, visited_blocks
 from makeready.attention_backends.flex.settings import flex_settings
 from makeready.attention_backends.interface import BuildRequest
@@ -94,9 +95,8 @@ def test_settings_of_the_user_are_respected():
     resolved = resolve(CUDA, config, block_size=1568)
     assert (resolved.kernel_block_size, resolved.mask_query_block) == (32, 64)
     assert resolved.row_lengths == (1, 16, 64)
-    options = kernel_options(resolved, 64, 2, 64, 2)
-    assert (options["BLOCK_M"], options["BLOCK_N"]) == (32, 16)
-    assert kernel_options(resolved, 1, 2, 64, 2) == {"BLOCK_N": 16}
+    for options in (page_options(resolved, 64, 64, 2), decode_options(resolved, 2, split=True)):
+        assert (options["BLOCK_M"], options["BLOCK_N"]) == (32, 16)
 
 
 @pytest.mark.parametrize(
@@ -123,25 +123,104 @@ def test_kernel_block_dtype_and_device_refusals():
         resolve(DeviceFacts(platform="vendor", device_type="privateuseone"))
 
 
+@pytest.mark.parametrize("invariant", [False, True])
 @pytest.mark.parametrize("group_size", [1, 3, 8, 48])
-@pytest.mark.parametrize("row_length", [1, 16, 128])
-@pytest.mark.parametrize("head_size", [64, 256])
-@pytest.mark.parametrize("element_bytes", [2, 4])
-def test_gpu_tiles_divide_the_mask_blocks(group_size, row_length, head_size, element_bytes):
+@pytest.mark.parametrize("head_size", [64, 80, 128, 256])
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+def test_gpu_tiles_divide_the_mask_blocks_and_fit_in_shared_memory(group_size, head_size, dtype, invariant):
+    element_bytes = 4 if dtype == "float32" else 2
+    spec = AttentionSpec(
+        num_query_heads=group_size, num_kv_heads=1, head_size=head_size, head_size_v=head_size, dtype=dtype
+    )
     for kernel_block in (16, 32, 64, 128):
-        resolved = resolve(CUDA, block_size=kernel_block, kernel_block_size=kernel_block)
-        options = kernel_options(resolved, row_length, group_size, head_size, element_bytes)
-        if row_length == 1 and group_size & (group_size - 1) == 0:
-            assert options == {}
-            continue
-        assert resolved.mask_query_block % options["BLOCK_M"] == 0
-        assert kernel_block % options["BLOCK_N"] == 0
-        assert min(options["BLOCK_M"], options["BLOCK_N"]) >= 16
+        resolved = resolve(
+            CUDA, AttentionConfig(batch_invariant=invariant), spec=spec, dtype=dtype, block_size=kernel_block,
+            kernel_block_size=kernel_block,
+        )  # fmt: skip
+        every = [page_options(resolved, 128, head_size, element_bytes)]
+        every += [decode_options(resolved, group_size, split=split) for split in (False, True)]
+        for options in every:
+            rows, columns = options["BLOCK_M"], options["BLOCK_N"]
+            assert resolved.mask_query_block % rows == 0
+            assert kernel_block % columns == 0
+            assert min(rows, columns) >= 16
+            padded = 1 << (head_size - 1).bit_length()
+            assert (rows + 2 * options["num_stages"] * columns) * padded * element_bytes <= 227 * 1024
+        if invariant:
+            assert every[0] == every[1] == every[2]
+
+
+@given(
+    st.lists(st.tuples(st.integers(1, 300), st.integers(0, 500)), min_size=1, max_size=8),
+    st.sampled_from([(4, 2), (32, 2), (6, 2)]),
+    st.booleans(),
+)
+def test_short_queries_are_decodes_and_get_a_row_each_at_least(lens, heads, invariant):
+    resolved = resolve(CUDA, AttentionConfig(batch_invariant=invariant), heads=heads)
+    query_lens = [count for count, _ in lens]
+    plan = plan_decode(query_lens, [count + before for count, before in lens], resolved)
+    if plan is None:
+        assert min(query_lens) > (1 if invariant else 64 // (heads[0] // heads[1]))
+        return
+    assert all(query_lens[request] <= plan.length for request in plan.requests)
+    assert plan.length * (heads[0] // heads[1]) <= 64
+    assert max(2, plan.units) <= plan.rows <= resolved.max_decode_rows
+    assert plan.whole_step == (set(query_lens) == {1})
+    if invariant:
+        assert (plan.length, plan.split) == (1, False)
+
+
+def test_large_batches_of_short_sequences_are_not_split_and_others_are():
+    resolved = resolve(CUDA, heads=(32, 8), max_num_seqs=256)
+    assert decode_rows(64, 4096, resolved) == 64
+    assert decode_rows(256, 1024, resolved) == 256
+    assert decode_rows(64, 131072, resolved) > 64
+    narrow = resolve(CUDA, heads=(32, 2), max_num_seqs=256, block_size=64, kernel_block_size=64)
+    assert decode_rows(64, 8192, narrow) == 64
+    assert decode_rows(32, 8192, narrow) > 32
+    assert decode_rows(1, 131072, resolved) > 60
+    assert decode_rows(1, 131072, replace(resolved, batch_invariant=True)) == 2
+
+
+def test_buffers_are_small_beside_the_cache():
+    """1024 requests of 128k tokens, blocks of 16: under 1 % of the cache, at any layer count."""
+    resolved = resolve(
+        CUDA, heads=(32, 8), block_size=16, num_blocks=16384, max_num_seqs=1024, max_num_batched_tokens=8192,
+        max_model_len=131072,
+    )  # fmt: skip
+    cache = 1024 * 131072 * 2 * 8 * 64 * 2
+    assert resolved.buffer_bytes < cache / 100
+    blocks = 131072 // 16
+    assert resolved.buffer_bytes < 2 * 4 * (1024 + 66 + 64) * (blocks + 64) + 8 * 16384 + 65536
+    assert resolved.run_bytes == 131072 * 2 * 8 * 64 * 2
+    assert resolved.run_bytes < cache / 100
+
+
+@settings(max_examples=300)
+@given(
+    st.integers(1, 60), st.integers(0, 99), st.sampled_from([4, 16]), st.sampled_from([8, 16, 32]),
+    st.sampled_from([1, 2]), st.one_of(st.none(), st.integers(1, 80)),
+)  # fmt: skip
+def test_every_query_of_an_aligned_tile_meets_its_blocks_in_the_same_order(count, before, block, align, each, window):
+    """Cut anywhere, a query sees the blocks that the whole tile would show it, in that order."""
+    tile = Row(0, 0, before // align * align, align, before + count)
+    whole = visited_blocks(tile, each * block, True, window)
+
+    def order(span, each):
+        ragged = [*range(span.first, span.full), *range(span.tail, span.end)]
+        marked = [(number, True) for number in ragged] + [(number, False) for number in range(span.full, span.tail)]
+        return [(number * each + part, masked) for number, masked in marked for part in range(each)]
+
+    (group,) = split_rows([count], [before + count], (align,), align)
+    row = group.rows[0]
+    assert row.position // align == (row.position + row.count - 1) // align
+    span = visited_blocks(row, block, True, window, (align, each * block))
+    assert order(span, 1) == [entry for entry in order(whole, each) if span.first <= entry[0] < span.end]
 
 
 def test_batches_are_padded_to_few_sizes():
     assert [resolve(CPU).batch_rows(rows) for rows in (1, 8, 9, 64, 65)] == [8, 8, 64, 64, 512]
-    assert [resolve(CUDA).batch_rows(rows) for rows in (1, 2, 3, 65)] == [1, 2, 4, 128]
+    assert [resolve(CUDA).batch_rows(rows) for rows in (1, 2, 3, 65)] == [2, 2, 3, 65]
 
 
 def test_what_is_declared_on_each_device():

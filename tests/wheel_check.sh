@@ -30,5 +30,7 @@ CHECK
 makeready=$work/venv/bin/makeready
 "$makeready" --version
 "$makeready" doctor
+"$makeready" bench --help
+"$makeready" bench cold-start --runs 1
 "$makeready" plan "$("$work/venv/bin/python" -c 'import makeready; print(makeready.__path__[0])')/engines/transformers/tiny_hybrid" --platform xpu
 echo "the wheel works in an empty environment"

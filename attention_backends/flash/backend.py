@@ -97,7 +97,7 @@ class FlashBackend(AttentionBackend):
         """The first provider that loads; else what each one lacks and how to get it."""
         reasons = []
         for provider in self._serving(device):
-            probe = provider.probe(device)
+            probe = self._standing(provider, device, self.asked)
             if probe.available:
                 return Probe(available=True, reason=f"flash by {provider.name}: {probe.reason}")
             reasons.append(f"{provider.name}: {probe.reason}")
@@ -107,7 +107,7 @@ class FlashBackend(AttentionBackend):
         """Empty if a provider that loads here can serve the layer; else what each of them lacks for it."""
         found = []
         for provider in self._serving(device):
-            if provider.probe(device).available:
+            if self._standing(provider, device, self.asked).available:
                 lacking = layer_refusals(provider, request, device)
                 if not lacking:
                     return ()
@@ -140,10 +140,9 @@ class FlashBackend(AttentionBackend):
             self._require_known(asked, request.device)
         reasons = []
         for provider in self._serving(request.device, asked):
-            passed = None if asked is not None else provider.only_when_asked(request.device)
-            probe = provider.probe(request.device)
-            if passed or not probe.available:
-                reasons.append(f"{provider.name}: {passed or probe.reason}")
+            probe = self._standing(provider, request.device, asked)
+            if not probe.available:
+                reasons.append(f"{provider.name}: {probe.reason}")
                 continue
             lacking = build_refusals(provider, request)
             if lacking:
@@ -167,6 +166,14 @@ class FlashBackend(AttentionBackend):
             for provider in self.providers
             if device.device_type in provider.device_types and only in (None, provider.name)
         ]
+
+    def _standing(self, provider: FlashProvider, device: DeviceFacts, asked: str | None) -> Probe:
+        """The provider's probe; automatic choice adds that it passes over it."""
+        probe = provider.probe(device)
+        passed = provider.only_when_asked(device) if asked is None else None
+        if not probe.available or passed is None:
+            return probe
+        return Probe(available=False, reason=f"{probe.reason}, but is taken only when asked: {passed}")
 
     def _require_known(self, asked: str, device: DeviceFacts) -> None:
         """The asked provider is one of ours and answers for this type of device, or this raises."""

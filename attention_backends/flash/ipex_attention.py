@@ -166,6 +166,7 @@ def _in_kernel_blocks(cache: torch.Tensor, kernel_block: int, pages: int) -> tor
 
 
 def _check_call(call: AttentionCall) -> None:
+    call.refuse_own_masks("flash by ipex")
     if call.sinks is not None:
         raise BackendError(
             "flash by ipex has no attention sinks, but the layer has them",

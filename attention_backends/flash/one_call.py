@@ -151,6 +151,7 @@ class OneCallAttention(AttentionImpl):
 
     def _check(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, call: AttentionCall) -> None:
         """Refuse what a kernel may take without a word and sum wrong."""
+        call.refuse_own_masks(f"flash by {self.provider}")
         if call.alibi_slopes is not None:
             raise BackendError(
                 f"flash by {self.provider} is not asked for ALiBi, and the layer has slopes",

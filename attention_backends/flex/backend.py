@@ -21,7 +21,10 @@ class FlexBackend(AttentionBackend):
     name = "flex"
 
     def capabilities(self, device: DeviceFacts) -> Capabilities:
-        """Nothing outside :data:`DEVICE_TYPES`; on a GPU the limits of torch's Triton templates."""
+        """Nothing outside :data:`DEVICE_TYPES`; on a GPU the limits of torch's Triton templates.
+
+        Batch invariance: on CUDA and CPU, where one tile and one order of blocks serve every query.
+        """
         known = device.device_type in DEVICE_TYPES
         cpu = device.device_type == "cpu"
         dtypes = frozenset(DTYPES if known else ())
@@ -36,6 +39,7 @@ class FlexBackend(AttentionBackend):
             head_size_multiple=1 if cpu else 16,
             max_head_size=1 << 30 if cpu else 256,
             layouts=LAYOUTS if known else (),
+            batch_invariant=device.device_type in ("cpu", "cuda"),
             sliding_window=known,
             soft_cap=known,
             # A sink rescales the output by its log-sum-exp, which the compiled CPU kernel does not return.
@@ -43,8 +47,12 @@ class FlexBackend(AttentionBackend):
             encoder_only=known,
             mla=known,
             reads_unwritten_slots=True,
-            max_view_elements=None if cpu or _indexes_in_64_bits(device) else INT32_ELEMENTS,
+            max_view_elements=None if cpu or _has_tma(device) or _indexes_in_64_bits(device) else INT32_ELEMENTS,
         )
+
+    def supports_batch_invariance(self, device: DeviceFacts) -> bool:
+        """Whether the same request has the same bits in every batch, once ``batch_invariant`` asks for it."""
+        return self.capabilities(device).batch_invariant
 
     def probe(self, device: DeviceFacts) -> Probe:
         """Torch, a device type that flex_attention accepts, and the compiler that its templates need."""
@@ -99,6 +107,11 @@ def _probe_triton(device: DeviceFacts) -> Probe:
     if device.device_type in ("cuda", "xpu") and find_spec("triton") is None:
         return _no("flex needs triton, which is not installed: pip install triton")
     return Probe(available=True, reason=f"flex_attention of torch {torch.__version__} on {device.name}")
+
+
+def _has_tma(device: DeviceFacts) -> bool:
+    """Whether kernels may address tokens instead of elements (Hopper and later), so that nothing wraps."""
+    return device.device_type == "cuda" and (device.compute_capability or (0, 0)) >= (9, 0)
 
 
 def _indexes_in_64_bits(device: DeviceFacts) -> bool:

@@ -22,10 +22,10 @@ VARIANT_LIMIT = 256
 
 
 class CompiledFlex:
-    """A torch.compile of its own, for static shapes.
+    """A torch.compile of its own, for static shapes but where a caller marks a dimension as dynamic.
 
     With symbolic ones torch's C++ template (2.13) writes code that does not compile whenever the names of two
-    symbols happen to share a prefix, and the names are hashes.
+    symbols happen to share a prefix, and the names are hashes. On a GPU the number of rows is marked.
     """
 
     def __init__(self, variant_limit: int = VARIANT_LIMIT) -> None:
@@ -47,8 +47,9 @@ class CompiledFlex:
         key: torch.Tensor,
         value: torch.Tensor,
         lists: BlockLists,
+        mask: Modifier,
+        score: Modifier | None,
         blocks: tuple[int, int],
-        modifier: Modifier | None,
         scale: float,
         options: dict[str, Any],
         lse: bool,
@@ -59,10 +60,11 @@ class CompiledFlex:
         :param lse: whether to return the log-sum-exp (R, Hq, L) as well.
         :raises BackendError: when the variants exceed the limit; eager attention never takes over.
         """
+        visits = (lists.masked_counts, lists.masked, lists.whole_counts, lists.whole)
         try:
             with torch.no_grad(), self._limits:
                 out: tuple[torch.Tensor, torch.Tensor | None] = self._call(
-                    query, key, value, lists, blocks, modifier, scale, options, lse
+                    query, key, value, visits, mask, score, blocks, scale, options, lse
                 )
                 return out
         except torch._dynamo.exc.FailOnRecompileLimitHit as error:
@@ -85,27 +87,29 @@ def _attend(
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
-    lists: BlockLists,
+    visits: tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor],
+    mask: Modifier,
+    score: Modifier | None,
     blocks: tuple[int, int],
-    modifier: Modifier | None,
     scale: float,
     options: dict[str, Any],
     lse: bool,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     # Only a backward pass reads the query lists, and torch before 2.9 insists on them: any lists will do. The
     # constructor takes them as they are, where from_kv_blocks would compute them.
-    mask = BlockMask(
+    masked_counts, masked, whole_counts, whole = visits
+    block_mask = BlockMask(
         seq_lengths=(query.shape[2], key.shape[2]),
-        kv_num_blocks=lists.masked_counts,
-        kv_indices=lists.masked,
-        full_kv_num_blocks=lists.whole_counts,
-        full_kv_indices=lists.whole,
-        q_num_blocks=lists.masked_counts,
-        q_indices=lists.masked,
-        full_q_num_blocks=lists.whole_counts,
-        full_q_indices=lists.whole,
+        kv_num_blocks=masked_counts,
+        kv_indices=masked,
+        full_kv_num_blocks=whole_counts,
+        full_kv_indices=whole,
+        q_num_blocks=masked_counts,
+        q_indices=masked,
+        full_q_num_blocks=whole_counts,
+        full_q_indices=whole,
         BLOCK_SIZE=blocks,
-        mask_mod=lists.mask,
+        mask_mod=mask,
     )
     extra: dict[str, Any] = {}
     if lse:
@@ -115,8 +119,8 @@ def _attend(
         query,
         key,
         value,
-        score_mod=modifier,
-        block_mask=mask,
+        score_mod=score,
+        block_mask=block_mask,
         scale=scale,
         enable_gqa=query.shape[1] != key.shape[1],
         kernel_options=options,

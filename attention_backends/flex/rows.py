@@ -41,8 +41,13 @@ class BlockRange:
     end: int
 
 
-def split_rows(query_lens: Sequence[int], seq_lens: Sequence[int], row_lengths: Sequence[int]) -> tuple[RowGroup, ...]:
-    """Rows of a step: single tokens in one group, longer queries in another whose length fits the longest."""
+def split_rows(
+    query_lens: Sequence[int], seq_lens: Sequence[int], row_lengths: Sequence[int], align: int = 1
+) -> tuple[RowGroup, ...]:
+    """Rows of a step: single tokens in one group, longer queries in another whose length fits the longest.
+
+    :param align: rows end at positions that are multiples of this, so that a chunk is cut where the whole would be.
+    """
     singles: list[tuple[int, int, int, int]] = []
     longer: list[tuple[int, int, int, int]] = []
     token = 0
@@ -50,25 +55,40 @@ def split_rows(query_lens: Sequence[int], seq_lens: Sequence[int], row_lengths: 
         if q_len:
             (singles if q_len == 1 else longer).append((request, token, q_len, seq_len))
         token += q_len
+    if len(row_lengths) == 1:
+        singles, longer = [], sorted(singles + longer)
     groups = []
     for queries in (singles, longer):
         if queries:
             most = max(q_len for _, _, q_len, _ in queries)
             length = next((size for size in row_lengths if size >= most), row_lengths[-1])
-            groups.append(RowGroup(length, tuple(row for query in queries for row in _cut(query, length))))
+            groups.append(RowGroup(length, tuple(row for query in queries for row in _cut(query, length, align))))
     return tuple(groups)
 
 
-def _cut(query: tuple[int, int, int, int], length: int) -> list[Row]:
+def _cut(query: tuple[int, int, int, int], length: int, align: int) -> list[Row]:
     request, token, q_len, seq_len = query
-    return [
-        Row(request, token + done, seq_len - q_len + done, min(length, q_len - done), seq_len)
-        for done in range(0, q_len, length)
-    ]
+    rows, done = [], 0
+    while done < q_len:
+        position = seq_len - q_len + done
+        count = min(length, q_len - done)
+        if align > 1:
+            count = min(count, align - position % align)
+        rows.append(Row(request, token + done, max(position, 0), count, seq_len))
+        done += count
+    return rows
 
 
-def visited_blocks(row: Row, kernel_block: int, causal: bool, window: int | None) -> BlockRange:
-    """The kernel blocks of ``row``; without ``causal`` a window reaches as far ahead as it reaches back."""
+def visited_blocks(
+    row: Row, kernel_block: int, causal: bool, window: int | None, order: tuple[int, int] | None = None
+) -> BlockRange:
+    """The kernel blocks of ``row``; without ``causal`` a window reaches as far ahead as it reaches back.
+
+    :param order: (query, KV) block of a mask over the whole sequence: its blocks, not the row's, decide which kernel
+        blocks are whole, so that every query of the tile visits them in the order of that mask.
+    """
+    if order is not None:
+        return _in_order(row, kernel_block, causal, window, order)
     last = row.position + row.count - 1
     ahead = row.seq_len - 1 if window is None else last + window - 1
     end_key = last if causal else min(row.seq_len - 1, ahead)
@@ -84,3 +104,16 @@ def visited_blocks(row: Row, kernel_block: int, causal: bool, window: int | None
     full = max(first, -(-whole_from // kernel_block))
     # A window narrower than a block leaves no whole block: everything visited is masked.
     return BlockRange(first, full, tail, end) if full <= tail else BlockRange(first, end, end, end)
+
+
+def _in_order(row: Row, kernel_block: int, causal: bool, window: int | None, order: tuple[int, int]) -> BlockRange:
+    query_block, kv_block = order
+    start = row.position // query_block * query_block
+    tile = visited_blocks(Row(row.request, row.token, start, query_block, row.seq_len), kv_block, causal, window)
+    own = visited_blocks(row, kernel_block, causal, window)
+    if tile.full == tile.tail == tile.end:
+        return BlockRange(own.first, own.end, own.end, own.end)
+    # Blocks that only other queries of the tile see change nothing for this row, and may belong to another request.
+    each = kv_block // kernel_block
+    full, tail = (min(max(place * each, own.first), own.end) for place in (tile.full, tile.tail))
+    return BlockRange(own.first, full, tail, own.end)

@@ -4,20 +4,25 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from ...config import AttentionConfig
 from ...device import DeviceFacts
 from ...errors import BackendError
 from ..interface import BuildRequest, Capabilities
+from .tiles import FEWEST_ROWS, ORDINARY_QUERY_BLOCK, decode_tile
 
 KERNEL_BLOCKS = (16, 32, 64, 128)
 """KV blocks to choose from: the planner takes the largest that divides the block. Powers of two, as Triton asks."""
-MASK_QUERY_BLOCK = 128
 SHORT_ROW = 16
 """Query rows of a draft to verify or a short prompt, padded to this length."""
+CPU_ROW = 64
+IN_FLIGHT = 2
+"""Steps whose block lists may be alive at the same time."""
+_ELEMENT_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class FlexSettings:
-    """Every size that decides which kernels get compiled."""
+    """Every size that decides which kernels get compiled, and how large their buffers are."""
 
     device: DeviceFacts
     block_size: int
@@ -25,6 +30,8 @@ class FlexSettings:
     """KV block of the block mask, in tokens."""
     mask_query_block: int
     """Query block of the block mask, in tokens."""
+    order_kv_block: int
+    """KV block of the mask whose order rows keep under batch invariance, in tokens; of kernel blocks."""
     row_lengths: tuple[int, ...]
     """Query tokens of one row of a batch, ascending; a longer query takes several rows."""
     row_step: int
@@ -32,22 +39,96 @@ class FlexSettings:
     max_blocks_per_row: int
     """Kernel blocks of the longest sequence."""
     tile_m: int | None
-    tile_n: int | None
     """The user's kernel tiles, or ``None`` for those chosen by dtype and head size."""
+    tile_n: int | None
+    asked_query_block: int | None
+    """The user's mask blocks, or ``None`` for those that suit the kernel."""
+    asked_kv_block: int | None
     sinks: bool
     max_view_elements: int | None
-
-    def batch_rows(self, rows: int) -> int:
-        """``rows`` padded to a compiled batch size."""
-        size = self.row_step if self.on_cpu else 1
-        while size < rows:
-            size *= self.row_step
-        return size
+    batch_invariant: bool
+    num_kv_heads: int
+    group_size: int
+    """Query heads a KV head."""
+    head_size: int
+    head_size_v: int
+    element_bytes: int
+    num_blocks: int
+    max_num_seqs: int
+    max_num_batched_tokens: int
+    max_model_len: int
 
     @property
     def on_cpu(self) -> bool:
         """True for torch's C++ template, which chooses its own tiles."""
         return self.device.device_type == "cpu"
+
+    @property
+    def fused(self) -> bool:
+        """True where Triton kernels of our own surround torch's: block lists on the device, splits, graphs."""
+        return self.device.device_type == "cuda"
+
+    @property
+    def order(self) -> tuple[int, int] | None:
+        """(query, KV) block of the mask over a whole sequence whose order all rows keep: under batch invariance."""
+        return (self.mask_query_block, self.order_kv_block) if self.batch_invariant else None
+
+    @property
+    def align(self) -> int:
+        """Query rows start at multiples of this position: under batch invariance, where a training pass has them."""
+        return self.mask_query_block if self.batch_invariant else 1
+
+    @property
+    def extra_rows(self) -> int:
+        """Rows that splits of long requests may take beside one row a request."""
+        if self.batch_invariant:
+            return 0
+        return -(-decode_tile(self.head_size, self.element_bytes, self.kernel_block_size).programs // self.num_kv_heads)
+
+    @property
+    def max_decode_rows(self) -> int:
+        """Rows of the largest step of decodes."""
+        return max(self.max_num_seqs + self.extra_rows, FEWEST_ROWS)
+
+    @property
+    def list_columns(self) -> tuple[int, int]:
+        """Columns of a row's list of whole blocks and of masked ones, a sentinel in each; multiples of 16 bytes."""
+        tile = self.mask_query_block + self.order_kv_block if self.batch_invariant else max(self.group_size, 64)
+        edges = 2 * (tile // self.kernel_block_size + 3)
+        return _up(self.max_blocks_per_row + 1, 4), _up(edges + 1, 4)
+
+    @property
+    def buffer_bytes(self) -> int:
+        """Bytes of one kind of layer's persistent block lists and row facts, all steps in flight."""
+        if not self.fused:
+            return 0
+        rows, columns = self.max_decode_rows, sum(self.list_columns)
+        numbers = rows * (columns + 2 + 6) + self.max_num_seqs + 1 + self.num_blocks + 1
+        return IN_FLIGHT * 4 * numbers
+
+    @property
+    def run_tokens(self) -> int:
+        """Tokens of the largest run that long queries gather K and V into: one sequence, or a few steps' prompts."""
+        return _up(max(self.max_model_len, 4 * self.max_num_batched_tokens), 128)
+
+    @property
+    def run_bytes(self) -> int:
+        """Bytes of that run; one layer at a time has it."""
+        width = self.num_kv_heads * (self.head_size + self.head_size_v) * self.element_bytes
+        return self.run_tokens * width if self.fused and not self.batch_invariant else 0
+
+    def batch_rows(self, rows: int) -> int:
+        """``rows`` padded to a compiled batch size; where rows are symbolic, only one row is a size of its own."""
+        if self.fused:
+            return max(rows, FEWEST_ROWS)
+        size = self.row_step if self.on_cpu else 1
+        while size < rows:
+            size *= self.row_step
+        return size
+
+
+def _up(number: int, multiple: int) -> int:
+    return -(-number // multiple) * multiple
 
 
 def flex_settings(request: BuildRequest, capabilities: Capabilities) -> FlexSettings:
@@ -56,26 +137,84 @@ def flex_settings(request: BuildRequest, capabilities: Capabilities) -> FlexSett
     :raises BackendError: when a block, a tile, a dtype or the cache's size is outside what flex can serve.
     """
     on_cpu = request.device.device_type == "cpu"
+    config, spec = request.config, request.spec
+    invariant = config.batch_invariant
     kernel_block = _kernel_block(request)
-    query_block = request.config.flex_attn_q_block_size or MASK_QUERY_BLOCK
     _check_dtypes(request, capabilities)
+    group = spec.num_query_heads // spec.num_kv_heads
+    tile_m, tile_n = config.flex_attn_block_m, config.flex_attn_block_n
+    query_block = config.flex_attn_q_block_size or ORDINARY_QUERY_BLOCK
+    if invariant:
+        query_block = invariant_query_block(config, on_cpu=on_cpu)
+        _check_invariance(request, capabilities, kernel_block, query_block, group)
     _check_tiles(request, kernel_block, query_block, on_cpu)
     _check_address_range(request, capabilities)
-    longest = request.config.flex_attn_q_block_size or (64 if on_cpu else MASK_QUERY_BLOCK)
+    longest = config.flex_attn_q_block_size or (CPU_ROW if on_cpu else ORDINARY_QUERY_BLOCK)
+    lengths = {1, min(SHORT_ROW, longest), longest}
+    if invariant:
+        lengths = {query_block}
     blocks = -(-request.max_model_len // request.block_size)
     return FlexSettings(
         device=request.device,
         block_size=request.block_size,
         kernel_block_size=kernel_block,
         mask_query_block=query_block,
-        row_lengths=tuple(sorted({1, min(SHORT_ROW, longest), longest})),
+        order_kv_block=invariant_kv_block(config, kernel_block, on_cpu=on_cpu),
+        row_lengths=tuple(sorted(lengths)),
         row_step=8 if on_cpu else 2,
         max_blocks_per_row=blocks * (request.block_size // kernel_block),
-        tile_m=request.config.flex_attn_block_m,
-        tile_n=request.config.flex_attn_block_n,
+        tile_m=tile_m,
+        tile_n=tile_n,
+        asked_query_block=config.flex_attn_q_block_size,
+        asked_kv_block=config.flex_attn_kv_block_size,
         sinks=capabilities.sinks,
         max_view_elements=capabilities.max_view_elements,
+        batch_invariant=invariant,
+        num_kv_heads=spec.num_kv_heads,
+        group_size=group,
+        head_size=spec.head_size,
+        head_size_v=spec.head_size_v,
+        element_bytes=_ELEMENT_BYTES[request.dtype],
+        num_blocks=request.num_blocks,
+        max_num_seqs=request.max_num_seqs,
+        max_num_batched_tokens=request.max_num_batched_tokens,
+        max_model_len=request.max_model_len,
     )
+
+
+def invariant_query_block(config: AttentionConfig, *, on_cpu: bool) -> int:
+    """Query block under batch invariance; on CPU, where every row of queries is padded to it, the least."""
+    return config.flex_attn_q_block_size or (SHORT_ROW if on_cpu else ORDINARY_QUERY_BLOCK)
+
+
+def invariant_kv_block(config: AttentionConfig, kernel_block: int, *, on_cpu: bool) -> int:
+    """KV block whose order rows keep: on CUDA 128, which torch's backward kernels can divide too."""
+    asked = config.flex_attn_kv_block_size
+    return asked or (kernel_block if on_cpu else max(kernel_block, ORDINARY_QUERY_BLOCK))
+
+
+def _check_invariance(
+    request: BuildRequest, capabilities: Capabilities, kernel_block: int, query_block: int, group: int
+) -> None:
+    """Refuse by name what cannot promise the same bits whatever else is in the batch."""
+    if not capabilities.batch_invariant:
+        raise BackendError(
+            f"flex on {request.device.device_type} cannot promise the same bits in every batch",
+            option="batch_invariant",
+            value=True,
+            expected=False,
+        )
+    if request.device.device_type == "cpu":
+        return
+    tile = request.config.flex_attn_block_m or min(query_block, 64)
+    if group > tile:
+        raise BackendError(
+            f"flex_attn_block_m {tile} is smaller than the {group} query heads of a KV head, which one tile of a "
+            "decode must hold for its bits to be those of a prefill",
+            option="flex_attn_block_m",
+            value=tile,
+            expected=f">= {group}",
+        )
 
 
 def _kernel_block(request: BuildRequest) -> int:

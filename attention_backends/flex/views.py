@@ -23,6 +23,11 @@ class FlatCache:
     """Tokens from one block's start to the next one's."""
     num_blocks: int
     block_size: int
+    wide: bool = False
+    """True if the views are longer than 32 bits can address, so that only TMA (which counts tokens) may read them."""
+
+
+INT32_ELEMENTS = 2**31 - 1
 
 
 def flatten(
@@ -48,12 +53,23 @@ def flatten(
             option="layout",
         )
     tokens = (num_blocks - 1) * strides[0] + block_size
+    if tokens > INT32_ELEMENTS:
+        raise BackendError(
+            f"the view of this layer spans {tokens} tokens, and flex addresses {INT32_ELEMENTS}",
+            option="num_blocks",
+            value=num_blocks,
+        )
+    wide = max(tokens * cache.stride(1) for cache in (key_cache, value_cache)) > INT32_ELEMENTS
+    if wide and key_cache.device.type == "cuda":
+        _check_aligned(key_cache)
+        _check_aligned(value_cache)
     return FlatCache(
         _flat(key_cache, tokens, max_elements),
         _flat(value_cache, tokens, max_elements),
         strides[0],
         num_blocks,
         block_size,
+        wide,
     )
 
 
@@ -66,6 +82,18 @@ def _block_stride(cache: torch.Tensor, name: str) -> int:
             option="layout",
         )
     return block // token
+
+
+def _check_aligned(cache: torch.Tensor) -> None:
+    """What TMA needs; without it torch would address elements with 32 bits, which wrap."""
+    numbers = (cache.data_ptr(), *(stride * cache.element_size() for stride in cache.stride()[:3]))
+    if any(number % 16 for number in numbers):
+        raise BackendError(
+            f"a view beyond {INT32_ELEMENTS} elements must start and step at multiples of 16 bytes, and this one has "
+            f"{numbers}",
+            option="num_blocks",
+            value=cache.shape[0],
+        )
 
 
 def _flat(cache: torch.Tensor, tokens: int, max_elements: int | None) -> torch.Tensor:

@@ -28,6 +28,7 @@ class ReferenceAttention(AttentionImpl):
         call: AttentionCall,
     ) -> torch.Tensor:
         """Attention over the paged cache; shapes as in :class:`AttentionImpl`."""
+        call.refuse_own_masks(self.name)
         output = query.new_empty(*query.shape[:2], value_cache.shape[-1])
         for index, (start, q_len, seq_len) in enumerate(_spans(metadata)):
             positions = torch.arange(_first_visible(q_len, seq_len, call), seq_len, device=query.device)
@@ -51,6 +52,7 @@ class ReferenceAttention(AttentionImpl):
         call: AttentionCall,
     ) -> torch.Tensor:
         """Attention over K and V that were gathered per request; shapes as in :class:`AttentionImpl`."""
+        call.refuse_own_masks(self.name)
         width = values[0].shape[-1] if values else query.shape[-1]
         output = query.new_empty(*query.shape[:2], width)
         for (start, q_len, seq_len), key, value in zip(_spans(step), keys, values, strict=True):

@@ -54,6 +54,11 @@ class StateBatch:
         """B."""
         return self.slots.shape[0]
 
+    @property
+    def may_have_decodes(self) -> bool:
+        """False if the host knows that no request has a single token."""
+        return self.query_lens_host is None or 1 in self.query_lens_host
+
     def lens(self) -> tuple[int, ...]:
         """Tokens of each request; waits for the device if the host does not know them."""
         if self.decode_only:

@@ -11,23 +11,24 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .parts import combined, finite, soft_capped, with_sink
+from .parts import column_sums, combined, finite, row_sums, soft_capped, with_sink
 
 
 @triton.jit(do_not_specialize=["num_requests", "programs"])
 def plan_kernel(
     seq_lens_ptr, query_start_ptr, starts_ptr, first_ptr, count_ptr, num_requests, programs,
     HK: tl.constexpr, FEWEST: tl.constexpr, QUERIES: tl.constexpr, WINDOW: tl.constexpr, UNIT: tl.constexpr,
-    BLOCK_B: tl.constexpr, BLOCK_P: tl.constexpr,
+    FIXED: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_P: tl.constexpr,
 ):  # fmt: skip
     """One program, which makes the plan that decode follows.
 
-    ``starts[r]``: units before request ``r``; ``starts[num_requests + 1]``: units of a share; ``first[p]``: the
-    request in which share ``p`` begins. A unit is UNIT tokens. A request of FEWEST to QUERIES query tokens has at
-    least one, so that its rows are written; any other has none. The counts of arrivals start at zero.
+    ``starts[r]``: units before request ``r``; ``starts[num_requests + 1]``: units of a share; ``first[p]``: what there
+    is to know of the request in which share ``p`` begins. A unit is UNIT tokens. A request of FEWEST to QUERIES query
+    tokens has at least one, so that its rows are written; any other has none. The counts of arrivals start at zero.
     """
     total = 0
     longest = 1
+    count = 0
     tl.store(starts_ptr, 0)
     for base in range(0, num_requests, BLOCK_B):
         r = base + tl.arange(0, BLOCK_B)
@@ -41,13 +42,20 @@ def plan_kernel(
         tl.store(starts_ptr + r + 1, total + tl.cumsum(units, 0), mask=ok)
         total += tl.sum(units, 0)
         longest = tl.maximum(longest, tl.max(units, 0))
+        count += tl.sum((units > 0).to(tl.int32), 0)
         for head in range(HK):
             tl.store(count_ptr + r * HK + head, 0, mask=ok)
-    share = tl.maximum(tl.cdiv(total, programs), 1)
-    # A little more, if the longest requests are whole shares then, or shares whole requests: fewer pieces to add up.
-    part_of_one = tl.cdiv(longest, tl.maximum(longest // share, 1))
-    fitting = tl.where(share < longest, part_of_one, tl.cdiv(share, longest) * longest)
-    share = tl.where(fitting * 16 <= share * 17, fitting, share)
+    if FIXED > 0:
+        share = tl.maximum(tl.cdiv(total, programs), 1)
+    else:
+        # Half of the programs run at once. Requests of one length are not cut where there are enough of them: whoever
+        # is done takes the next. Otherwise one share for each program that runs, a little larger if the longest
+        # requests are whole shares then: fewer pieces to add up.
+        share = tl.maximum(tl.cdiv(total * 2, programs), 1)
+        whole = tl.cdiv(tl.cdiv(total, programs), longest) * longest
+        part = tl.cdiv(longest, tl.maximum(longest // share, 1))
+        alike = (share >= longest) & (total * 16 >= longest * count * 15)
+        share = tl.where(alike, whole, tl.where((share < longest) & (part * 16 <= share * 17), part, share))
     tl.store(starts_ptr + num_requests + 1, share)
     tl.debug_barrier()
     for base_p in range(0, programs, BLOCK_P):
@@ -57,7 +65,15 @@ def plan_kernel(
             r = base + tl.arange(0, BLOCK_B)
             ends = tl.load(starts_ptr + r + 1, mask=r < num_requests, other=2147483647)
             found += tl.sum((ends[None, :] <= (p * share)[:, None]).to(tl.int32), 1)
-        tl.store(first_ptr + p, found, mask=p < programs)
+        there = (p < programs) & (found < num_requests)
+        token = tl.load(query_start_ptr + found, mask=there, other=0)
+        facts = first_ptr + p * 8
+        tl.store(facts, found, mask=there)
+        tl.store(facts + 1, tl.load(starts_ptr + found, mask=there), mask=there)
+        tl.store(facts + 2, tl.load(starts_ptr + found + 1, mask=there), mask=there)
+        tl.store(facts + 3, tl.load(seq_lens_ptr + found, mask=there), mask=there)
+        tl.store(facts + 4, token, mask=there)
+        tl.store(facts + 5, tl.load(query_start_ptr + found + 1, mask=there) - token, mask=there)
 
 
 @triton.jit(do_not_specialize=["num_requests"])
@@ -78,12 +94,22 @@ def decode_kernel(
     """
     LOG2E: tl.constexpr = 1.4426950408889634
     UNIT: tl.constexpr = TILE * FIXED if FIXED > 0 else TILE
+    # One-byte numbers become float16 in one instruction, exactly; to bfloat16 they would go by way of float32.
+    NARROW: tl.constexpr = k_ptr.dtype.element_ty.primitive_bitwidth == 8
+    KIND: tl.constexpr = tl.float16 if NARROW else q_ptr.dtype.element_ty
     policy: tl.constexpr = "evict_first" if EVICT else ""
     head = tl.program_id(0) % HK
     p = tl.program_id(0) // HK
-    r = tl.load(first_ptr + p)
     total = tl.load(starts_ptr + num_requests)
     share = tl.load(starts_ptr + num_requests + 1)
+    # All of these at once: every load that waits for another delays the first tile.
+    facts = first_ptr + p * 8
+    r = tl.load(facts)
+    r_begin = tl.load(facts + 1)
+    r_end = tl.load(facts + 2)
+    length = tl.load(facts + 3)
+    token = tl.load(facts + 4)
+    queries = tl.load(facts + 5)
     begin = p * share
     end = tl.minimum(begin + share, total)
     row = tl.arange(0, ROWS)
@@ -94,11 +120,12 @@ def decode_kernel(
     v_head = v_ptr + head.to(tl.int64) * sv_h
     t = begin
     while t < end:
-        r_begin = tl.load(starts_ptr + r)
-        r_end = tl.load(starts_ptr + r + 1)
-        length = tl.load(seq_lens_ptr + r)
-        token = tl.load(query_start_ptr + r)
-        queries = tl.load(query_start_ptr + r + 1) - token
+        # The next request's numbers, long before they are needed.
+        more = r + 1 < num_requests
+        next_end = tl.load(starts_ptr + r + 2)
+        next_length = tl.load(seq_lens_ptr + r + 1, mask=more, other=0)
+        next_token = tl.load(query_start_ptr + r + 1)
+        next_token_end = tl.load(query_start_ptr + r + 2, mask=more, other=0)
         t_end = tl.minimum(end, r_end)
         if FIXED > 0:
             t_end = tl.minimum(t_end, t + 1)
@@ -106,11 +133,12 @@ def decode_kernel(
             index = row // G
             rows = index < queries
             q_row = (token + index).to(tl.int64) * sq_t + (head * G + g) * sq_h
-            q = tl.load(q_ptr + q_row[:, None] + d[None, :], mask=rows[:, None] & (d < D)[None, :], other=0.0)
+            q = tl.load(q_ptr + q_row[:, None] + d[None, :], mask=rows[:, None] & (d < D)[None, :], other=0.0).to(KIND)
             position = length - queries + index
-            unit0 = 0
+            first_seen = 0
             if WINDOW > 0:
-                unit0 = tl.maximum(length - queries - WINDOW + 1, 0) // UNIT
+                first_seen = tl.maximum(length - queries - WINDOW + 1, 0)
+            unit0 = first_seen // UNIT
             lo = (unit0 + t - r_begin) * UNIT
             hi = tl.minimum((unit0 + t_end - r_begin) * UNIT, tl.cdiv(length, TILE) * TILE)
             if ALIBI:
@@ -118,12 +146,16 @@ def decode_kernel(
             table = table_ptr + r.to(tl.int64) * st_r
             m = tl.full([ROWS], float("-inf"), tl.float32)
             norm = tl.zeros([ROWS], tl.float32)
+            # Weights are added up key by key, and over the keys of a tile only once, at the end.
+            spread = tl.zeros([TILE, ROWS] if SWAP else [ROWS, TILE], tl.float32)
             acc = tl.zeros([DVP, ROWS] if SWAP else [ROWS, DVP], tl.float32)
             ahead = lo + tl.arange(0, TILE)
             ids = tl.load(table + ahead // BLOCK_SIZE, mask=ahead < length, other=0)
             for start in tl.range(lo, hi, TILE, num_stages=STAGES):
                 n = start + tl.arange(0, TILE)
                 written = n < length
+                if WINDOW > 0:  # what lies before the window may be another request's by now
+                    written = written & (n >= first_seen)
                 k_row = ids.to(tl.int64) * sk_b + (n % BLOCK_SIZE) * sk_t
                 v_row = ids.to(tl.int64) * sv_b + (n % BLOCK_SIZE) * sv_t
                 # The next tile's block ids: were they loaded where they are used, K and V would wait for them.
@@ -136,12 +168,12 @@ def decode_kernel(
                 # As attend_tile of prefill.py, so that both round alike.
                 factor = scale
                 if SWAP:  # keys are the rows of the matrix product, which fills it: queries are few
-                    s = tl.dot(k.to(q.dtype), tl.trans(q))
+                    s = tl.dot(k.to(KIND), tl.trans(q))
                     distance = n[:, None] - position[None, :]
                     if ALIBI:
                         bias = slope[None, :] * distance
                 else:
-                    s = tl.dot(q, tl.trans(k.to(q.dtype)))
+                    s = tl.dot(q, tl.trans(k.to(KIND)))
                     distance = n[None, :] - position[:, None]
                     if ALIBI:
                         bias = slope[:, None] * distance
@@ -166,15 +198,23 @@ def decode_kernel(
                     m_new = tl.maximum(m, tl.max(s, 0) * factor)
                     w = tl.exp2(s * factor - finite(m_new)[None, :])
                     alpha = tl.exp2(m - finite(m_new))
-                    norm = norm * alpha + tl.sum(w, 0)
-                    acc = tl.dot(tl.trans(v.to(q.dtype)), w.to(q.dtype), acc * alpha[None, :])
+                    if FIXED > 0:
+                        norm = norm * alpha + column_sums(w.to(KIND), TILE)
+                    else:
+                        spread = spread * alpha[None, :] + w
+                    acc = tl.dot(tl.trans(v.to(KIND)), w.to(KIND), acc * alpha[None, :])
                 else:
                     m_new = tl.maximum(m, tl.max(s, 1) * factor)
                     w = tl.exp2(s * factor - finite(m_new)[:, None])
                     alpha = tl.exp2(m - finite(m_new))
-                    norm = norm * alpha + tl.sum(w, 1)
-                    acc = tl.dot(w.to(q.dtype), v.to(q.dtype), acc * alpha[:, None])
+                    if FIXED > 0:
+                        norm = norm * alpha + row_sums(w.to(KIND), TILE)
+                    else:
+                        spread = spread * alpha[:, None] + w
+                    acc = tl.dot(w.to(KIND), v.to(KIND), acc * alpha[:, None])
                 m = m_new
+            if FIXED == 0:
+                norm = tl.sum(spread, 0 if SWAP else 1)
             if SWAP:
                 acc = tl.trans(acc)
             done = (t == r_begin) & (t_end == r_end)
@@ -225,3 +265,8 @@ def decode_kernel(
         t = tl.maximum(t_end, t)
         if t >= r_end:
             r += 1
+            r_begin = r_end
+            r_end = next_end
+            length = next_length
+            token = next_token
+            queries = next_token_end - next_token

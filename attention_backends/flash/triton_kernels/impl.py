@@ -136,6 +136,7 @@ class TritonImpl(AttentionImpl):
         call: AttentionCall,
         lse: torch.Tensor | None,
     ) -> torch.Tensor:
+        call.refuse_own_masks("flash by triton")
         step = metadata.step
         out = query.new_empty(*query.shape[:2], value_cache.shape[-1])
         if not step.num_requests:
@@ -169,7 +170,7 @@ class TritonImpl(AttentionImpl):
         for fewest, queries in ((1, 1), (2, most)):
             if any(fewest <= count <= queries for count in lens):
                 config = self._configs.decode(
-                    device, head_size=shape.padded, rows=queries * shape.group, narrow=narrow,
+                    device, head_size=max(shape.padded, shape.padded_v), rows=queries * shape.group, narrow=narrow,
                     invariant=self._invariant, max_model_len=self._request.max_model_len,
                 )  # fmt: skip
                 decodes.append(
@@ -179,7 +180,7 @@ class TritonImpl(AttentionImpl):
         if not long:
             return Works(tuple(decodes), None)
         tiles = self._configs.prefill(
-            device, shape.head_size, shape.head_size_v, shape.group,
+            device, shape.head_size, shape.head_size_v, shape.group, requests=len(long),
             queries=sum(count for count, _ in long), keys=sum(length for _, length in long),
             block_size=step.block_size, causal=causal, narrow=narrow,
             invariant=self._invariant, max_model_len=self._request.max_model_len,

@@ -12,10 +12,10 @@ from ...interface import AttentionCall
 from ...metadata import StepMetadata
 from .configs import DecodeConfig, PrefillConfig
 from .decode import decode_kernel, plan_kernel
-from .prefill import COPIES, GATHERED, PAGE_TILES, PAGES, gather_kernel, prefill_kernel
+from .prefill import COPIES, GATHERED, PAGES, gather_kernel, prefill_kernel
 
 LOG2E = 1.4426950408889634
-SOURCES = {"pages": PAGES.value, "gathered": GATHERED.value, "page tiles": PAGE_TILES.value, "copies": COPIES.value}
+SOURCES = {"pages": PAGES.value, "gathered": GATHERED.value, "copies": COPIES.value}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -69,14 +69,14 @@ def plan_decode(
     device, heads = step.seq_lens.device, shape.num_kv_heads
     rows = max(config.rows, triton.next_power_of_2(queries * shape.group))
     unit = config.tile * max(config.fixed, 1)
-    programs = max(1, compute_units * config.programs // heads)
+    programs = 2 * max(1, compute_units * config.programs // heads)
     slots = 2 * programs
     if config.fixed:
         slots = sum(-(-length // unit) + 1 for length in step.seq_lens_host)
-        programs = min(slots, 4 * programs)
+        programs = min(slots, 2 * programs)
     starts, first, count = (
         torch.empty(size, dtype=torch.int32, device=device)
-        for size in (step.num_requests + 2, programs, step.num_requests * heads)
+        for size in (step.num_requests + 2, 8 * programs, step.num_requests * heads)
     )
     partial = torch.empty(slots * heads * rows * (shape.padded_v + 2), dtype=torch.float32, device=device)
     work = DecodeWork(
@@ -87,7 +87,7 @@ def plan_decode(
     )  # fmt: skip
     plan_kernel[(1,)](
         step.seq_lens, step.query_start, starts, first, count, step.num_requests, programs,
-        HK=heads, FEWEST=fewest, QUERIES=queries, WINDOW=work.window, UNIT=unit,
+        HK=heads, FEWEST=fewest, QUERIES=queries, WINDOW=work.window, UNIT=unit, FIXED=config.fixed,
         BLOCK_B=min(256, max(16, triton.next_power_of_2(step.num_requests))), BLOCK_P=32, num_warps=8,
     )  # fmt: skip
     return work
@@ -164,9 +164,11 @@ def prefill(
     """Write the rows of ``work``'s requests into ``out``, (T, Hq, Dv)."""
     config = work.config
     keys, values = key_cache, value_cache
+    narrow = key_cache.element_size() == 1
+    dtype = torch.float16 if narrow else query.dtype
     if work.base is not None:
-        keys, values = _gather(query.dtype, key_cache, value_cache, step, shape, work)
-    key_tiles, value_tiles = _descriptors(keys, values, shape, config)
+        keys, values = _gather(dtype, key_cache, value_cache, step, shape, work, call.sliding_window)
+    key_tiles, value_tiles = _descriptors(keys, values, config)
     scale = call.scale * call.key_scale * LOG2E
     prefill_kernel[(len(work.items) * shape.num_kv_heads,)](
         out, lse, query, keys, values, key_tiles, value_tiles, step.block_table, step.seq_lens, step.query_start,
@@ -177,41 +179,37 @@ def prefill(
         DVP=shape.padded_v, BLOCK_SIZE=key_cache.shape[1], BLOCK_M=config.block_m, BLOCK_N=config.block_n,
         SOURCE=SOURCES[config.source], STAGES=config.stages, CAUSAL=call.causal, WINDOW=call.sliding_window or 0,
         SOFT_CAP=call.soft_cap is not None, SINKS=call.sinks is not None, ALIBI=call.alibi_slopes is not None,
-        LSE=lse is not None, FIXED=config.fixed, num_warps=config.warps, num_stages=config.stages,
+        LSE=lse is not None, FIXED=config.fixed, NARROW=narrow, num_warps=config.warps, num_stages=config.stages,
     )  # fmt: skip
 
 
 def _gather(
     dtype: torch.dtype, key_cache: torch.Tensor, value_cache: torch.Tensor, step: StepMetadata, shape: Shape,
-    work: PrefillWork,
+    work: PrefillWork, window: int | None,
 ) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
-    """K and V of the prefills' requests in one piece, (Hk * rows, padded), in the queries' dtype."""
+    """K and V of the prefills' requests in one piece, (Hk * rows, padded), as ``dtype``."""
     heads, tokens = shape.num_kv_heads, 32
     keys = torch.empty(heads * work.rows, shape.padded, dtype=dtype, device=key_cache.device)
     values = torch.empty(heads * work.rows, shape.padded_v, dtype=dtype, device=key_cache.device)
     gather_kernel[(triton.cdiv(work.longest, tokens), step.num_requests, heads)](
-        key_cache, value_cache, keys, values, step.block_table, step.seq_lens, work.base,
+        key_cache, value_cache, keys, values, step.block_table, step.seq_lens, step.query_start, work.base,
         *key_cache.stride()[:3], *value_cache.stride()[:3], step.block_table.stride(0), work.rows,
         HK=heads, D=shape.head_size, DP=shape.padded, DV=shape.head_size_v, DVP=shape.padded_v,
-        BLOCK_SIZE=key_cache.shape[1], TOKENS=tokens, num_warps=4,
+        BLOCK_SIZE=key_cache.shape[1], TOKENS=tokens, WINDOW=window or 0, num_warps=4,
     )  # fmt: skip
     return keys, values
 
 
 def _descriptors(
-    keys: torch.Tensor, values: torch.Tensor, shape: Shape, config: PrefillConfig
+    keys: torch.Tensor, values: torch.Tensor, config: PrefillConfig
 ) -> tuple[object | None, object | None]:
     """Tensor descriptors of K and V, where the configuration loads by them."""
-    if config.source not in ("gathered", "page tiles"):
+    if config.source != "gathered":
         return None, None
     from triton.tools.tensor_descriptor import TensorDescriptor
 
-    if config.source == "gathered":
-        return tuple(TensorDescriptor.from_tensor(x, [config.block_n, x.shape[1]]) for x in (keys, values))
-    both = (x.transpose(1, 2) for x in (keys, values))
-    return tuple(
-        TensorDescriptor(x, list(x.shape), list(x.stride()), [1, 1, config.block_n, x.shape[-1]]) for x in both
-    )
+    key, value = (TensorDescriptor.from_tensor(x, [config.block_n, x.shape[1]]) for x in (keys, values))
+    return key, value
 
 
 def _staged(values: Sequence[int], device: torch.device) -> torch.Tensor:

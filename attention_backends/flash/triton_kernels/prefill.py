@@ -5,31 +5,34 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .parts import combined, finite, soft_capped, with_sink
+from .parts import combined, finite, row_sums, soft_capped, with_sink
 
 PAGES: tl.constexpr = tl.constexpr(0)
 """K and V are loaded from the pages, token by token."""
 GATHERED: tl.constexpr = tl.constexpr(1)
 """K and V are loaded by tensor descriptors from copies in one piece."""
-PAGE_TILES: tl.constexpr = tl.constexpr(2)
-"""K and V are loaded by tensor descriptors from the pages: a tile lies inside one block."""
-COPIES: tl.constexpr = tl.constexpr(3)
+COPIES: tl.constexpr = tl.constexpr(2)
 """As GATHERED, by pointers."""
 
 
 @triton.jit(do_not_specialize=["rows"])
 def gather_kernel(
-    k_ptr, v_ptr, k_out_ptr, v_out_ptr, table_ptr, seq_lens_ptr, base_ptr, sk_b, sk_t, sk_h, sv_b, sv_t, sv_h, st_r,
-    rows, HK: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, DV: tl.constexpr, DVP: tl.constexpr,
-    BLOCK_SIZE: tl.constexpr, TOKENS: tl.constexpr,
+    k_ptr, v_ptr, k_out_ptr, v_out_ptr, table_ptr, seq_lens_ptr, query_start_ptr, base_ptr,
+    sk_b, sk_t, sk_h, sv_b, sv_t, sv_h, st_r, rows,
+    HK: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, DV: tl.constexpr, DVP: tl.constexpr,
+    BLOCK_SIZE: tl.constexpr, TOKENS: tl.constexpr, WINDOW: tl.constexpr,
 ):  # fmt: skip
-    """Copy a request's tokens to rows ``base[r]:base[r + 1]`` of every head's ``rows``; zeros after the last one."""
+    """Copy a request's tokens to rows ``base[r]:base[r + 1]`` of every head's ``rows``; zeros where none is seen."""
     r = tl.program_id(1)
     base = tl.load(base_ptr + r)
     room = tl.load(base_ptr + r + 1) - base
     n = tl.program_id(0) * TOKENS + tl.arange(0, TOKENS)
     if tl.program_id(0) * TOKENS < room:
-        written = n < tl.load(seq_lens_ptr + r)
+        length = tl.load(seq_lens_ptr + r)
+        written = n < length
+        if WINDOW > 0:  # what lies before the window may be another request's by now
+            queries = tl.load(query_start_ptr + r + 1) - tl.load(query_start_ptr + r)
+            written = written & (n > length - queries - WINDOW)
         ids = tl.load(table_ptr + r.to(tl.int64) * st_r + n // BLOCK_SIZE, mask=written, other=0).to(tl.int64)
         d = tl.arange(0, DP)
         dv = tl.arange(0, DVP)
@@ -46,18 +49,13 @@ def gather_kernel(
 
 @triton.jit
 def load_tile(
-    ptr, desc, table, start, length, base, head, s_b, s_t,
+    ptr, desc, table, start, since, length, base, s_b, s_t,
     D: tl.constexpr, DP: tl.constexpr, BLOCK_SIZE: tl.constexpr, BLOCK_N: tl.constexpr, SOURCE: tl.constexpr,
     MASKED: tl.constexpr,
 ):  # fmt: skip
-    """Tokens ``start`` to ``start + BLOCK_N`` of K or V, (BLOCK_N, DP); with MASKED, zeros past ``length``."""
+    """Tokens ``start`` to ``start + BLOCK_N`` of K or V, (BLOCK_N, DP); with MASKED, zeros outside ``since:length``."""
     if SOURCE == GATHERED:
         x = desc.load([base + start, 0])
-    elif SOURCE == PAGE_TILES:
-        block = tl.load(table + start // BLOCK_SIZE)
-        x = desc.load([block, head, start % BLOCK_SIZE, 0]).reshape([BLOCK_N, DP])
-        if MASKED:  # what lies past the request's last token may be NaN
-            x = tl.where((start + tl.arange(0, BLOCK_N) < length)[:, None], x, 0.0)
     elif SOURCE == COPIES:
         row = (base + start + tl.arange(0, BLOCK_N)).to(tl.int64) * DP
         x = tl.load(ptr + row[:, None] + tl.arange(0, DP)[None, :])
@@ -71,7 +69,7 @@ def load_tile(
             ids = tl.load(table + n // BLOCK_SIZE, mask=n < length, other=0).to(tl.int64)
             at = ptr + (ids * s_b + (n % BLOCK_SIZE) * s_t)[:, None] + d[None, :]
         if MASKED:
-            x = tl.load(at, mask=(n < length)[:, None] & (d < D)[None, :], other=0.0)
+            x = tl.load(at, mask=((n >= since) & (n < length))[:, None] & (d < D)[None, :], other=0.0)
         elif D < DP:
             x = tl.load(at, mask=(d < D)[None, :], other=0.0)
         else:
@@ -83,7 +81,7 @@ def load_tile(
 def attend_tile(
     q, k, v, m, norm, acc, start, length, position, slope, scale, soft_cap,
     BLOCK_N: tl.constexpr, CAUSAL: tl.constexpr, WINDOW: tl.constexpr, SOFT_CAP: tl.constexpr, ALIBI: tl.constexpr,
-    MASKED: tl.constexpr,
+    MASKED: tl.constexpr, FIXED: tl.constexpr,
 ):  # fmt: skip
     """One step of the online softmax over the keys ``start`` to ``start + BLOCK_N``; scores in units of log2(e)."""
     s = tl.dot(q, tl.trans(k.to(q.dtype)))
@@ -109,7 +107,8 @@ def attend_tile(
     m_sub = finite(m_new) if MASKED else m_new
     w = tl.exp2(s * factor - m_sub[:, None])
     alpha = tl.exp2(m - m_sub)
-    norm = norm * alpha + tl.sum(w, 1)
+    sums = row_sums(w.to(q.dtype), BLOCK_N) if FIXED > 0 else tl.sum(w, 1)
+    norm = norm * alpha + sums
     acc = tl.dot(w.to(q.dtype), v.to(q.dtype), acc * alpha[:, None])
     return m_new, norm, acc
 
@@ -122,7 +121,7 @@ def prefill_kernel(
     HK: tl.constexpr, G: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, DV: tl.constexpr, DVP: tl.constexpr,
     BLOCK_SIZE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, SOURCE: tl.constexpr,
     STAGES: tl.constexpr, CAUSAL: tl.constexpr, WINDOW: tl.constexpr, SOFT_CAP: tl.constexpr, SINKS: tl.constexpr,
-    ALIBI: tl.constexpr, LSE: tl.constexpr, FIXED: tl.constexpr,
+    ALIBI: tl.constexpr, LSE: tl.constexpr, FIXED: tl.constexpr, NARROW: tl.constexpr,
 ):  # fmt: skip
     """Rows are (query token, query head of the KV head): BLOCK_M // G tokens. ``scale`` holds log2(e) and K's scale.
 
@@ -149,6 +148,8 @@ def prefill_kernel(
     dv = tl.arange(0, DVP)
     q_row = (token + index).to(tl.int64) * sq_t + (head * G + g) * sq_h
     q = tl.load(q_ptr + q_row[:, None] + d[None, :], mask=rows[:, None] & (d < D)[None, :], other=0.0)
+    if NARROW:  # as decode
+        q = q.to(tl.float16)
     position = length - queries + index
     first = length - queries + tile * BLOCK_Q
     last = tl.minimum(first + BLOCK_Q, length) - 1
@@ -162,8 +163,8 @@ def prefill_kernel(
         k_head += head.to(tl.int64) * sk_h
         v_head += head.to(tl.int64) * sv_h
 
-    # Keys lo:hi are seen by some row; those of full_from:full_to by every row, and need no mask.
-    lo = 0
+    # Keys since:hi are seen by some row; those of full_from:full_to by every row, and need no mask.
+    since = 0
     full_from = 0
     hi = length
     full_to = length
@@ -171,11 +172,12 @@ def prefill_kernel(
         hi = last + 1
         full_to = first + 1
     if WINDOW > 0:
-        lo = tl.maximum(first - WINDOW + 1, 0) // BLOCK_N * BLOCK_N
+        since = tl.maximum(first - WINDOW + 1, 0)
         full_from = tl.cdiv(tl.maximum(last - WINDOW + 1, 0), BLOCK_N) * BLOCK_N
         if not CAUSAL:
             hi = tl.minimum(length, last + WINDOW)
             full_to = tl.minimum(length, first + WINDOW)
+    lo = since // BLOCK_N * BLOCK_N
     full_to = full_to // BLOCK_N * BLOCK_N
     full_from = tl.minimum(full_from, full_to)
 
@@ -190,30 +192,30 @@ def prefill_kernel(
             acc1 = tl.zeros([BLOCK_M, DVP], tl.float32)
             end = tl.minimum(segment + SEGMENT, hi)
             for start in tl.range(tl.maximum(segment, lo), end, BLOCK_N, num_stages=STAGES):
-                k = load_tile(k_head, k_desc, table, start, length, base, head, sk_b, sk_t, D, DP, BLOCK_SIZE,
+                k = load_tile(k_head, k_desc, table, start, since, length, base, sk_b, sk_t, D, DP, BLOCK_SIZE,
                               BLOCK_N, SOURCE, True)  # fmt: skip
-                v = load_tile(v_head, v_desc, table, start, length, base, head, sv_b, sv_t, DV, DVP, BLOCK_SIZE,
+                v = load_tile(v_head, v_desc, table, start, since, length, base, sv_b, sv_t, DV, DVP, BLOCK_SIZE,
                               BLOCK_N, SOURCE, True)  # fmt: skip
                 m1, norm1, acc1 = attend_tile(q, k, v, m1, norm1, acc1, start, length, position, slope, scale, soft_cap,
-                                           BLOCK_N, CAUSAL, WINDOW, SOFT_CAP, ALIBI, True)  # fmt: skip
+                                           BLOCK_N, CAUSAL, WINDOW, SOFT_CAP, ALIBI, True, FIXED)  # fmt: skip
             m, norm, acc = combined(m, norm, acc, m1, norm1, acc1)
     else:
         for start in tl.range(full_from, full_to, BLOCK_N, num_stages=STAGES):
-            k = load_tile(k_head, k_desc, table, start, length, base, head, sk_b, sk_t, D, DP, BLOCK_SIZE,
+            k = load_tile(k_head, k_desc, table, start, since, length, base, sk_b, sk_t, D, DP, BLOCK_SIZE,
                           BLOCK_N, SOURCE, False)  # fmt: skip
-            v = load_tile(v_head, v_desc, table, start, length, base, head, sv_b, sv_t, DV, DVP, BLOCK_SIZE,
+            v = load_tile(v_head, v_desc, table, start, since, length, base, sv_b, sv_t, DV, DVP, BLOCK_SIZE,
                           BLOCK_N, SOURCE, False)  # fmt: skip
             m, norm, acc = attend_tile(q, k, v, m, norm, acc, start, length, position, slope, scale, soft_cap,
-                                    BLOCK_N, CAUSAL, WINDOW, SOFT_CAP, ALIBI, False)  # fmt: skip
+                                    BLOCK_N, CAUSAL, WINDOW, SOFT_CAP, ALIBI, False, FIXED)  # fmt: skip
         leading = tl.maximum(full_from - lo, 0) // BLOCK_N
         for number in tl.range(0, leading + tl.cdiv(tl.maximum(hi - full_to, 0), BLOCK_N), num_stages=1):
             start = tl.where(number < leading, lo + number * BLOCK_N, full_to + (number - leading) * BLOCK_N)
-            k = load_tile(k_head, k_desc, table, start, length, base, head, sk_b, sk_t, D, DP, BLOCK_SIZE,
+            k = load_tile(k_head, k_desc, table, start, since, length, base, sk_b, sk_t, D, DP, BLOCK_SIZE,
                           BLOCK_N, SOURCE, True)  # fmt: skip
-            v = load_tile(v_head, v_desc, table, start, length, base, head, sv_b, sv_t, DV, DVP, BLOCK_SIZE,
+            v = load_tile(v_head, v_desc, table, start, since, length, base, sv_b, sv_t, DV, DVP, BLOCK_SIZE,
                           BLOCK_N, SOURCE, True)  # fmt: skip
             m, norm, acc = attend_tile(q, k, v, m, norm, acc, start, length, position, slope, scale, soft_cap,
-                                    BLOCK_N, CAUSAL, WINDOW, SOFT_CAP, ALIBI, True)  # fmt: skip
+                                    BLOCK_N, CAUSAL, WINDOW, SOFT_CAP, ALIBI, True, FIXED)  # fmt: skip
     if SINKS:
         sink = tl.load(sinks_ptr + head * G + g).to(tl.float32) * LOG2E
         m, norm, acc = with_sink(m, norm, acc, sink)

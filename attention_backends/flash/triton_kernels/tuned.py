@@ -13,12 +13,10 @@ from typing import Any
 
 from ....device import DeviceFacts
 from ....errors import ConfigError
-from .configs import DecodeConfig, PrefillConfig, decode_config, prefill_config
+from .configs import LONG_QUERIES, DecodeConfig, PrefillConfig, decode_config, prefill_config
 
 TABLE = Path(__file__).with_name("tuned.json")
 LEAST_ROWS = 16
-LONG_QUERIES = 128
-"""Query tokens of the prefills from which a copy of K and V in one piece is taken as measured."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -71,8 +69,8 @@ class Configs:
         )
 
     def prefill(
-        self, device: DeviceFacts, head_size: int, head_size_v: int, group: int, *, queries: int, keys: int,
-        block_size: int, causal: bool, narrow: bool, invariant: bool, max_model_len: int,
+        self, device: DeviceFacts, head_size: int, head_size_v: int, group: int, *, requests: int, queries: int,
+        keys: int, block_size: int, causal: bool, narrow: bool, invariant: bool, max_model_len: int,
     ) -> PrefillConfig:  # fmt: skip
         """As :func:`configs.prefill_config`, with the entry only where its way to read K and V holds for the step."""
         if head_size == head_size_v and causal and not narrow and not invariant:
@@ -80,12 +78,12 @@ class Configs:
             if (
                 entry is not None
                 and isinstance(entry.config, PrefillConfig)
-                and serves(entry.config, group, queries, block_size)
+                and serves(entry.config, group, queries // max(requests, 1))
             ):
                 return entry.config
         return prefill_config(
-            device, head_size, head_size_v, group, queries=queries, keys=keys, block_size=block_size, causal=causal,
-            narrow=narrow, invariant=invariant, max_model_len=max_model_len,
+            device, head_size, head_size_v, group, requests=requests, queries=queries, keys=keys,
+            block_size=block_size, causal=causal, narrow=narrow, invariant=invariant, max_model_len=max_model_len,
         )  # fmt: skip
 
 
@@ -105,13 +103,9 @@ class Forced(Configs):
         return self._config if isinstance(self._config, PrefillConfig) else super().prefill(device, *shape, **facts)
 
 
-def serves(config: PrefillConfig, group: int, queries: int, block_size: int) -> bool:
-    """Whether ``config`` can and should serve a step: a tile inside a page, a copy that pays, a whole group of rows."""
-    if config.block_m < group:
-        return False
-    if config.source == "page tiles":
-        return block_size % config.block_n == 0
-    return config.source == "pages" or queries >= LONG_QUERIES
+def serves(config: PrefillConfig, group: int, queries: int) -> bool:
+    """Whether ``config`` can and should serve requests of ``queries`` tokens: a copy that pays, a group in a tile."""
+    return config.block_m >= group and (config.source == "pages" or queries >= LONG_QUERIES)
 
 
 def padded(head_size: int) -> int:

@@ -9,8 +9,8 @@ from .chunks import chunk_table
 from .kernels.conv import conv_chunk, conv_step
 from .tiles import power_of_two
 
-_TOKENS, _CHANNELS = 16, 256
-"""Tokens (no fewer than a kernel is wide) and channels of a tile."""
+_TOKENS, _CHANNELS, _WARPS = 16, 64, 2
+"""Tokens (no fewer than a kernel is wide) and channels of a tile, and its warps."""
 _STEP_CHANNELS = 256
 """Channels of one request that a program steps."""
 
@@ -34,23 +34,17 @@ def causal_conv(
         "BIAS": bias is not None,
         "SILU": activation == "silu",
     }
-    tensors = (x, weight, bias, state, out, batch.slots, batch.fresh, batch.query_start)
+    tensors = (x, weight, bias, state, out, batch.slots, batch.fresh)
     strides = (x.stride(0), *weight.stride(), *state.stride(), out.stride(0))
-    if batch.num_requests:
+    if batch.num_requests and batch.may_have_decodes:
         conv_step[(-(-channels // _STEP_CHANNELS), batch.num_requests)](
-            *tensors, channels, *strides, **constants, PACKED=batch.decode_only, BLOCK_C=_STEP_CHANNELS, num_warps=4
-        )
+            *tensors, batch.query_start, channels, *strides, **constants,
+            PACKED=batch.decode_only, BLOCK_C=_STEP_CHANNELS, num_warps=4,
+        )  # fmt: skip
     if batch.max_query_len > 1:
         chunks, _ = chunk_table(batch, _TOKENS, x.shape[0])
         conv_chunk[(chunks.shape[0], -(-channels // _CHANNELS))](
-            *tensors,
-            chunks,
-            batch.num_requests,
-            channels,
-            *strides,
-            **constants,
-            BLOCK_T=_TOKENS,
-            BLOCK_C=_CHANNELS,
-            num_warps=4,
-        )
+            *tensors, chunks, channels, *strides, **constants,
+            BLOCK_T=_TOKENS, BLOCK_C=_CHANNELS, num_warps=_WARPS,
+        )  # fmt: skip
     return out

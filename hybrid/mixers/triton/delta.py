@@ -9,6 +9,9 @@ from .chunks import chunk_table
 from .kernels.delta import delta_outputs, delta_prepare, delta_states, delta_step, kda_scan
 from .tiles import Tile, delta_tile, power_of_two, products, step_tile
 
+_HEADS, _CHANNELS = Tile(rows=0, warps=4), Tile(rows=0, warps=2)
+"""How a chunk is prepared with one decay per head, and with one per channel."""
+
 
 def delta(
     q: torch.Tensor,
@@ -35,11 +38,12 @@ def delta(
     sides = (*q.stride()[:2], *k.stride()[:2])
     decays = (*g.stride()[:2], beta.stride(0))
     shared = {"HEADS_PER_KEY": heads // key_heads}
-    delta_step[(-(-width // step.rows), heads, batch.num_requests)](
-        q, k, v, g, beta, state, out, *where, size, width, scale, *sides, *v.stride()[:2], *decays,
-        *state.stride(), *out.stride()[:2], **shared, CHANNELS=channels, NORMALISE=l2norm, PACKED=batch.decode_only,
-        BLOCK_K=power_of_two(size), BLOCK_V=step.rows, num_warps=step.warps,
-    )  # fmt: skip
+    if batch.may_have_decodes:
+        delta_step[(-(-width // step.rows), heads, batch.num_requests)](
+            q, k, v, g, beta, state, out, *where, size, width, scale, *sides, *v.stride()[:2], *decays,
+            *state.stride(), *out.stride()[:2], **shared, CHANNELS=channels, NORMALISE=l2norm,
+            PACKED=batch.decode_only, BLOCK_K=power_of_two(size), BLOCK_V=step.rows, num_warps=step.warps,
+        )  # fmt: skip
     if batch.max_query_len <= 1:
         return out
     tokens, length = v.shape[0], scan.tokens
@@ -49,12 +53,12 @@ def delta(
     lines = torch.empty(3, heads, tokens, dtype=torch.float32, device=v.device)
     blocks = {"BLOCK_K": power_of_two(size, 16), "BLOCK_L": length, **products(v.dtype)}
     delta_prepare[(count, heads)](
-        q, k, g, beta, pairs[0], pairs[1], lines[0], lines[1:], batch.query_start, chunks,
-        batch.num_requests, size, tokens, scale, *sides, *decays, *pairs.stride()[1:3],
+        q, k, g, beta, pairs[0], pairs[1], lines[0], lines[1:], chunks,
+        size, tokens, scale, *sides, *decays, *pairs.stride()[1:3],
         **shared, **blocks, CHANNELS=channels, NORMALISE=l2norm,
-        EXACT="ieee" if v.dtype == torch.float32 else "tf32x3", num_warps=2 if channels else 4,
+        EXACT="ieee" if v.dtype == torch.float32 else "tf32x3", **(_CHANNELS if channels else _HEADS).options(v.device),
     )  # fmt: skip
-    options = {"BLOCK_V": scan.rows, "num_warps": scan.warps, "num_stages": scan.stages}
+    options = {"BLOCK_V": scan.rows, **scan.options(v.device)}
     walks = (-(-width // scan.rows), heads, batch.num_requests)
     if channels:
         kda_scan[walks](
@@ -71,7 +75,7 @@ def delta(
         *before.stride()[:3], *written.stride()[:2], **shared, **blocks, **options,
     )  # fmt: skip
     delta_outputs[(-(-width // scan.rows), heads, count)](
-        q, pairs[1], lines[0], lines[1:], before, written, out, *where, chunks, batch.num_requests,
+        q, pairs[1], lines[0], lines[1:], before, written, out, batch.slots, batch.fresh, chunks,
         size, width, tokens, *q.stride()[:2], *pairs.stride()[1:3], *before.stride()[:3], *written.stride()[:2],
         *out.stride()[:2], **shared, **blocks, BLOCK_V=scan.rows, num_warps=4,
     )  # fmt: skip

@@ -25,24 +25,26 @@ class Mamba2Tiles:
     """``rows`` of P, ``tokens`` of N."""
     outputs: Tile
     """``rows`` of P, ``tokens`` of a chunk."""
+    earlier: int
+    """Tokens before, whose outputs are added at once."""
     inner: int
     """Part of N that products over it take at once."""
-    pairs: torch.dtype = torch.float32
-    """In which the products of C and B are kept."""
 
 
 def default_tiles(width: int, size: int, dtype: torch.dtype, state_bytes: int) -> Mamba2Tiles:
     """What shapes and dtypes call for."""
     step = step_tile(width, size, state_bytes)
     rows, columns = power_of_two(width, 16), power_of_two(size, 16)
+    wide = min(128, max(rows, 64))
     if dtype == torch.float32:
         tile = Tile(rows=min(32, rows), tokens=32)
-        return Mamba2Tiles(step=step, chunk=32, states=tile, outputs=tile, inner=min(32, columns))
+        return Mamba2Tiles(step=step, chunk=32, states=tile, outputs=tile, earlier=32, inner=min(32, columns))
     return Mamba2Tiles(
         step=step,
         chunk=128,
         states=Tile(rows=64, tokens=min(128, columns), warps=4, stages=2),
-        outputs=Tile(rows=min(128, max(rows, 64)), tokens=64, warps=4, stages=3),
+        outputs=Tile(rows=wide, tokens=64, warps=4, stages=3, registers=128 if wide == 64 else 168),
+        earlier=32,
         inner=min(64, columns),
     )
 
@@ -77,26 +79,27 @@ def mamba2(
     extras = {"HAS_D": D is not None, "HAS_Z": z is not None}
     times = {"HAS_BIAS": dt_bias is not None, "SOFTPLUS": dt_softplus}
     step = tiles.step
-    mamba2_step[(-(-width // step.rows), heads, batch.num_requests)](
-        x, dt, A, B, C, D, dt_bias, z, state, out, *where, width, size, *limits,
-        *x.stride()[:2], dt.stride(0), *B.stride()[:2], *C.stride()[:2], *skips, *gates, *state.stride(),
-        *out.stride()[:2], **shared, **extras, **times,
-        PACKED=batch.decode_only, BLOCK_P=step.rows, BLOCK_N=power_of_two(size), num_warps=step.warps,
-    )  # fmt: skip
+    if batch.may_have_decodes:
+        mamba2_step[(-(-width // step.rows), heads, batch.num_requests)](
+            x, dt, A, B, C, D, dt_bias, z, state, out, *where, width, size, *limits,
+            *x.stride()[:2], dt.stride(0), *B.stride()[:2], *C.stride()[:2], *skips, *gates, *state.stride(),
+            *out.stride()[:2], **shared, **extras, **times,
+            PACKED=batch.decode_only, BLOCK_P=step.rows, BLOCK_N=power_of_two(size), num_warps=step.warps,
+        )  # fmt: skip
     if batch.max_query_len <= 1:
         return out
     tokens, length = x.shape[0], tiles.chunk
     chunks, firsts = chunk_table(batch, length, tokens)
     count = chunks.shape[0]
     steps, totals = torch.empty(2, heads, tokens, dtype=torch.float32, device=x.device)
-    pairs = torch.empty(tokens, groups, length, dtype=tiles.pairs, device=x.device)
+    pairs = torch.empty(tokens, groups, length, dtype=torch.float32, device=x.device)
     before = torch.empty(count, heads, size, width, dtype=x.dtype, device=x.device)
     mamba2_decays[(count, -(-heads // _HEADS))](
-        dt, A, dt_bias, steps, totals, batch.query_start, chunks, batch.num_requests, heads, tokens, *limits[:2],
+        dt, A, dt_bias, steps, totals, chunks, heads, tokens, *limits[:2],
         dt.stride(0), **times, BLOCK_H=_HEADS, BLOCK_L=length, num_warps=4,
     )  # fmt: skip
     mamba2_pairs[(count, groups)](
-        B, C, pairs, batch.query_start, chunks, batch.num_requests, size,
+        B, C, pairs, chunks, size,
         *B.stride()[:2], *C.stride()[:2], *pairs.stride()[:2],
         BLOCK_N=tiles.inner, BLOCK_L=length, **products(x.dtype), num_warps=8 if length > 64 else 4,
     )  # fmt: skip
@@ -105,13 +108,13 @@ def mamba2(
         x, B, steps, totals, state, before, *where, firsts, width, size, tokens,
         *x.stride()[:2], *B.stride()[:2], *state.stride(), *before.stride()[:3], **shared,
         BLOCK_P=tile.rows, BLOCK_N=tile.tokens, BLOCK_L=length, **products(x.dtype),
-        num_warps=tile.warps, num_stages=tile.stages,
+        **tile.options(x.device),
     )  # fmt: skip
     tile = tiles.outputs
     mamba2_outputs[(-(-width // tile.rows) * -(-length // tile.tokens), heads, count)](
-        x, C, D, z, steps, totals, pairs, before, out, *where, chunks, batch.num_requests, width, size, tokens,
+        x, C, D, z, steps, totals, pairs, before, out, batch.slots, batch.fresh, chunks, width, size, tokens,
         *x.stride()[:2], *C.stride()[:2], *pairs.stride()[:2], *skips, *gates, *before.stride()[:3], *out.stride()[:2],
-        **shared, **extras, BLOCK_P=tile.rows, BLOCK_N=tiles.inner, BLOCK_T=tile.tokens, BLOCK_L=length,
-        **products(x.dtype), num_warps=tile.warps, num_stages=tile.stages,
+        **shared, **extras, BLOCK_P=tile.rows, BLOCK_N=tiles.inner, BLOCK_T=tile.tokens, BLOCK_J=tiles.earlier,
+        BLOCK_L=length, **products(x.dtype), **tile.options(x.device),
     )  # fmt: skip
     return out

@@ -24,6 +24,13 @@ class Tile:
     tokens: int = 1
     warps: int = 4
     stages: int = 1
+    registers: int | None = None
+    """Most registers that a thread may have on CUDA, so that more programs run beside each other."""
+
+    def options(self, device: torch.device) -> dict[str, int]:
+        """How a launch on ``device`` says it."""
+        limit = {"maxnreg": self.registers} if self.registers is not None and device.type == "cuda" else {}
+        return {"num_warps": self.warps, "num_stages": self.stages, **limit}
 
 
 def power_of_two(size: int, least: int = 1) -> int:

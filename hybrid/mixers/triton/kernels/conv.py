@@ -3,7 +3,7 @@
 import triton
 import triton.language as tl
 
-from .numerics import silu
+from .numerics import chunk_at, silu
 
 
 @triton.jit
@@ -68,8 +68,8 @@ def conv_step(
 
 @triton.jit
 def conv_chunk(
-    x, weight, bias, state, out, slots, fresh, query_start, chunks,
-    requests, channels, x_t, weight_c, weight_k, state_s, state_c, state_w, out_t,
+    x, weight, bias, state, out, slots, fresh, chunks,
+    channels, x_t, weight_c, weight_k, state_s, state_c, state_w, out_t,
     W: tl.constexpr, W_PADDED: tl.constexpr, K: tl.constexpr,
     BIAS: tl.constexpr, SILU: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
@@ -77,24 +77,18 @@ def conv_chunk(
 
     Only the first tile reads the old page (BLOCK_T >= K), so that nobody reads what it writes.
     """
-    request = tl.load(chunks + 2 * tl.program_id(0))
-    if request >= requests:
+    request, number, start, left = chunk_at(chunks, tl.program_id(0))
+    if left <= 0:
         return
-    number = tl.load(chunks + 2 * tl.program_id(0) + 1)
-    start = tl.load(query_start + request).to(tl.int64)
-    length = (tl.load(query_start + request + 1) - start).to(tl.int32)
     slot = tl.load(slots + request).to(tl.int64)
+    used = slot >= 0
+    known = used & (number == 0) & (tl.load(fresh + request) == 0)
     c = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
     inside = c < channels
     t = tl.arange(0, BLOCK_T)
-    left = length - number * BLOCK_T
-    x += (start + number * BLOCK_T) * x_t  # offsets inside a tile stay 32-bit
-    out += (start + number * BLOCK_T) * out_t
+    x += start * x_t  # offsets inside a tile stay 32-bit
+    out += start * out_t
     valid = (t < left)[:, None] & inside[None, :]
-    if slot < 0:
-        tl.store(out + t[:, None] * out_t + c[None, :], tl.zeros((BLOCK_T, BLOCK_C), out.dtype.element_ty), mask=valid)
-        return
-    known = (tl.load(fresh + request) == 0) & (number == 0)
     page = state + slot * state_s
     y = tl.zeros((BLOCK_T, BLOCK_C), tl.float32)
     if BIAS:
@@ -115,10 +109,11 @@ def conv_chunk(
             y += before.to(tl.float32) * tap[None, :]
     if SILU:
         y = silu(y)
+    y = tl.where(used, y, 0.0)
     tl.store(out + t[:, None] * out_t + c[None, :], y.to(out.dtype.element_ty), mask=valid)
-    if number == 0:
+    if used & (number == 0):
         w = tl.arange(0, W_PADDED)
-        source = length - W + w
+        source = left - W + w
         columns = inside[:, None] & (w < W)[None, :]
         fed = tl.load(
             x + source.to(tl.int64)[None, :] * x_t + c[:, None], mask=columns & (source >= 0)[None, :], other=0.0

@@ -10,6 +10,8 @@ and what is written; ``delta_outputs`` does the rest for all chunks at once. KDA
 import triton
 import triton.language as tl
 
+from .numerics import chunk_at
+
 
 @triton.jit
 def inverse_length(x):
@@ -20,14 +22,19 @@ def inverse_length(x):
 @triton.jit
 def unit_lower_inverse(a, SIZE: tl.constexpr, PRECISION: tl.constexpr):
     """(I + a)^-1 of a strictly lower triangular a: blocks of 16 by substitution, then merged two by two."""
+    BLOCKS: tl.constexpr = SIZE // 16
+    own = (tl.arange(0, BLOCKS)[:, None] == tl.arange(0, BLOCKS)[None, :])[:, None, :, None]
+    diagonal = tl.sum(tl.where(own, tl.reshape(a, (BLOCKS, 16, BLOCKS, 16)), 0.0), 2)  # (BLOCKS, 16, 16)
+    r = tl.arange(0, 16)[None, :, None]
+    c = tl.arange(0, 16)[None, None, :]
+    x = tl.where(r == c, 1.0, tl.zeros((BLOCKS, 16, 16), tl.float32))
+    for i in range(15):
+        column = tl.sum(tl.where(c == i, diagonal, 0.0), 2)
+        row = tl.sum(tl.where(r == i, x, 0.0), 1)
+        x -= tl.where(r > i, column[:, :, None] * row[:, None, :], 0.0)
+    x = tl.reshape(tl.where(own, x[:, :, None, :], 0.0), (SIZE, SIZE))
     r = tl.arange(0, SIZE)[:, None]
     c = tl.arange(0, SIZE)[None, :]
-    together = r // 16 == c // 16
-    x = tl.where(r == c, 1.0, 0.0)
-    for i in range(15):
-        column = tl.sum(tl.where(together & (c % 16 == i), a, 0.0), 1)
-        row = tl.sum(tl.where(together & (r % 16 == i), x, 0.0), 0)
-        x -= tl.where(together & (r % 16 > i), column[:, None] * row[None, :], 0.0)
     if SIZE > 16:
         below = tl.where((r // 32 == c // 32) & (r // 16 > c // 16), a, 0.0)
         x -= tl.dot(tl.dot(x, below, input_precision=PRECISION), x, input_precision=PRECISION)
@@ -89,21 +96,18 @@ def delta_step(
 
 @triton.jit
 def delta_prepare(
-    q, k, g, beta, inverses, weights, totals, lengths, query_start, chunks,
-    requests, key_size, num_tokens, scale,
+    q, k, g, beta, inverses, weights, totals, lengths, chunks,
+    key_size, num_tokens, scale,
     q_t, q_h, k_t, k_h, g_t, g_h, beta_t, pair_t, pair_h,
     HEADS_PER_KEY: tl.constexpr, CHANNELS: tl.constexpr, NORMALISE: tl.constexpr,
     BLOCK_K: tl.constexpr, BLOCK_L: tl.constexpr, OPERAND: tl.constexpr, PRECISION: tl.constexpr,
     EXACT: tl.constexpr,
 ):  # fmt: skip
     """X and W of one chunk and value head, (T, Hv, L) each; with one decay per head also G and both inverse lengths."""
-    request = tl.load(chunks + 2 * tl.program_id(0))
-    if request >= requests:
+    _, _, start, length = chunk_at(chunks, tl.program_id(0))
+    if length <= 0:
         return
-    number = tl.load(chunks + 2 * tl.program_id(0) + 1)
     head = tl.program_id(1)
-    start = tl.load(query_start + request).to(tl.int64) + number * BLOCK_L
-    length = (tl.load(query_start + request + 1) - start).to(tl.int32)
     t = tl.arange(0, BLOCK_L)
     i = tl.arange(0, BLOCK_K)
     valid = t < length
@@ -142,18 +146,18 @@ def delta_prepare(
         total = tl.cumsum(tl.load(g + (start + t) * g_t + head * g_h, mask=valid, other=0.0).to(tl.float32), 0)
         gap = tl.exp(tl.minimum(total[:, None] - total[None, :], 0.0)) * k_length[None, :]
         across = tl.trans(key.to(OPERAND))
-        alike = tl.dot(key.to(OPERAND), across, input_precision=PRECISION) * gap * k_length[:, None]
         seen = tl.dot(query.to(OPERAND), across, input_precision=PRECISION) * gap * q_length[:, None]
+        alike = tl.dot(key.to(OPERAND), across, input_precision=PRECISION) * gap * k_length[:, None]
         line = head.to(tl.int64) * num_tokens + start + t
         tl.store(totals + line, total, mask=valid)
         tl.store(lengths + line, k_length, mask=valid)
         tl.store(lengths + tl.num_programs(1).to(tl.int64) * num_tokens + line, q_length, mask=valid)
-    alike = tl.where(t[:, None] > t[None, :], alike * amount[:, None], 0.0)
-    seen = tl.where(t[:, None] >= t[None, :], seen, 0.0)
     pairs = (start + t[:, None]) * pair_t + head * pair_h + t[None, :]
+    seen = tl.where(t[:, None] >= t[None, :], seen, 0.0)
+    tl.store(weights + pairs, seen.to(weights.dtype.element_ty), mask=valid[:, None])
+    alike = tl.where(t[:, None] > t[None, :], alike * amount[:, None], 0.0)
     inverse = unit_lower_inverse(alike, BLOCK_L, EXACT)
     tl.store(inverses + pairs, inverse.to(inverses.dtype.element_ty), mask=valid[:, None])
-    tl.store(weights + pairs, seen.to(weights.dtype.element_ty), mask=valid[:, None])
 
 
 @triton.jit
@@ -223,20 +227,17 @@ def delta_states(
 
 @triton.jit
 def delta_outputs(
-    q, weights, totals, lengths, before, written, out, slots, fresh, query_start, chunks,
-    requests, key_size, width, num_tokens,
+    q, weights, totals, lengths, before, written, out, slots, fresh, chunks,
+    key_size, width, num_tokens,
     q_t, q_h, pair_t, pair_h, before_c, before_h, before_k, written_t, written_h, out_t, out_h,
     HEADS_PER_KEY: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_L: tl.constexpr,
     OPERAND: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """One decay per head: one chunk, one value head, BLOCK_V columns."""
     chunk = tl.program_id(2)
-    request = tl.load(chunks + 2 * chunk)
-    if request >= requests:
+    request, number, start, length = chunk_at(chunks, chunk)
+    if length <= 0:
         return
-    number = tl.load(chunks + 2 * chunk + 1)
-    start = tl.load(query_start + request).to(tl.int64) + number * BLOCK_L
-    length = (tl.load(query_start + request + 1) - start).to(tl.int32)
     j = tl.program_id(0) * BLOCK_V + tl.arange(0, BLOCK_V)
     head = tl.program_id(1)
     columns = j < width

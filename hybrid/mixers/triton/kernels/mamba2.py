@@ -8,7 +8,7 @@ all chunks at once.
 import triton
 import triton.language as tl
 
-from .numerics import silu, time_step
+from .numerics import chunk_at, silu, time_step
 
 
 @triton.jit
@@ -64,51 +64,45 @@ def mamba2_step(
 
 @triton.jit
 def mamba2_decays(
-    dt, A, dt_bias, steps, totals, query_start, chunks,
-    requests, heads, tokens, low, high, dt_t,
+    dt, A, dt_bias, steps, totals, chunks,
+    heads, tokens, low, high, dt_t,
     HAS_BIAS: tl.constexpr, SOFTPLUS: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_L: tl.constexpr,
 ):  # fmt: skip
     """Time steps of one chunk, and their decays (in powers of two) summed from the chunk's first token: (H, T) each."""
-    request = tl.load(chunks + 2 * tl.program_id(0))
-    if request >= requests:
+    _, _, start, left = chunk_at(chunks, tl.program_id(0))
+    if left <= 0:
         return
-    number = tl.load(chunks + 2 * tl.program_id(0) + 1)
-    start = tl.load(query_start + request)
-    end = tl.load(query_start + request + 1)
+    i = tl.arange(0, BLOCK_L)
     h = tl.program_id(1) * BLOCK_H + tl.arange(0, BLOCK_H)
-    t = start + number * BLOCK_L + tl.arange(0, BLOCK_L)
-    inside = (h < heads)[None, :] & (t < end)[:, None]
-    raw = tl.load(dt + t[:, None].to(tl.int64) * dt_t + h[None, :], mask=inside, other=0.0).to(tl.float32)
+    inside = (h < heads)[None, :] & (i < left)[:, None]
+    raw = tl.load(dt + (start + i)[:, None] * dt_t + h[None, :], mask=inside, other=0.0).to(tl.float32)
     bias = tl.zeros((BLOCK_H,), tl.float32)
     if HAS_BIAS:
         bias = tl.load(dt_bias + h, mask=h < heads, other=0.0).to(tl.float32)
     step = tl.where(inside, time_step(raw, bias[None, :], low, high, SOFTPLUS), 0.0)
     a = tl.load(A + h, mask=h < heads, other=0.0).to(tl.float32) * 1.4426950408889634
     total = tl.cumsum(step * a[None, :], 0)
-    where = h[None, :].to(tl.int64) * tokens + t[:, None]
+    where = h[None, :].to(tl.int64) * tokens + (start + i)[:, None]
     tl.store(steps + where, step, mask=inside)
     tl.store(totals + where, total, mask=inside)
 
 
 @triton.jit
 def mamba2_pairs(
-    B, C, pairs, query_start, chunks,
-    requests, size, B_t, B_g, C_t, C_g, pair_t, pair_g,
+    B, C, pairs, chunks,
+    size, B_t, B_g, C_t, C_g, pair_t, pair_g,
     BLOCK_N: tl.constexpr, BLOCK_L: tl.constexpr, OPERAND: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """C of every token of one chunk times B of every other, for one group: (T, G, L)."""
-    request = tl.load(chunks + 2 * tl.program_id(0))
-    if request >= requests:
+    _, _, start, length = chunk_at(chunks, tl.program_id(0))
+    if length <= 0:
         return
-    number = tl.load(chunks + 2 * tl.program_id(0) + 1)
     group = tl.program_id(1)
-    start = tl.load(query_start + request).to(tl.int64) + number * BLOCK_L
-    length = (tl.load(query_start + request + 1) - start).to(tl.int32)
+    B += start * B_t + group * B_g
+    C += start * C_t + group * C_g
     i = tl.arange(0, BLOCK_L)
     n = tl.arange(0, BLOCK_N)
     valid = i < length
-    B += start * B_t + group * B_g
-    C += start * C_t + group * C_g
     product = tl.zeros((BLOCK_L, BLOCK_L), tl.float32)
     for first in range(0, size, BLOCK_N):
         inside = valid[:, None] & (first + n < size)[None, :]
@@ -172,21 +166,16 @@ def mamba2_states(
 
 @triton.jit
 def mamba2_outputs(
-    x, C, D, z, steps, totals, pairs, before, out, slots, fresh, query_start, chunks,
-    requests, width, size, num_tokens,
+    x, C, D, z, steps, totals, pairs, before, out, slots, fresh, chunks,
+    width, size, num_tokens,
     x_t, x_h, C_t, C_g, pair_t, pair_g, D_h, D_p, z_t, z_h, before_c, before_h, before_n, out_t, out_h,
     HEADS_PER_GROUP: tl.constexpr, HAS_D: tl.constexpr, HAS_Z: tl.constexpr,
-    BLOCK_P: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_L: tl.constexpr,
-    OPERAND: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_P: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_J: tl.constexpr,
+    BLOCK_L: tl.constexpr, OPERAND: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """BLOCK_T tokens of one chunk, one head, BLOCK_P columns: what the state before the chunk and its tokens give."""
     chunk = tl.program_id(2)
-    request = tl.load(chunks + 2 * chunk)
-    if request >= requests:
-        return
-    number = tl.load(chunks + 2 * chunk + 1)
-    start = tl.load(query_start + request).to(tl.int64) + number * BLOCK_L
-    length = (tl.load(query_start + request + 1) - start).to(tl.int32)
+    request, number, start, length = chunk_at(chunks, chunk)
     tiles = tl.cdiv(width, BLOCK_P)
     first = tl.program_id(0) // tiles * BLOCK_T
     if first >= length:
@@ -221,8 +210,8 @@ def mamba2_outputs(
             )
             y = tl.dot(c.to(OPERAND), s.to(OPERAND), acc=y, input_precision=PRECISION)
         y *= tl.exp2(total)[:, None]
-    j = tl.arange(0, BLOCK_T)
-    for other in range(0, first + BLOCK_T, BLOCK_T):
+    j = tl.arange(0, BLOCK_J)
+    for other in range(0, tl.minimum(first + BLOCK_T, length), BLOCK_J):
         given = other + j
         here = given < length
         weight = tl.load(

@@ -1,4 +1,4 @@
-"""Scalar functions that several kernels share."""
+"""What several kernels share: scalar functions, and a row of the table of chunks."""
 
 import triton
 import triton.language as tl
@@ -26,3 +26,10 @@ def time_step(raw, bias, low, high, SOFTPLUS: tl.constexpr):
     if SOFTPLUS:
         step = softplus(step)
     return tl.minimum(tl.maximum(step, low), high)
+
+
+@triton.jit
+def chunk_at(chunks, row):
+    """Request and number of a chunk, its first token, and how many tokens the request has from there on."""
+    chunks += 4 * row
+    return tl.load(chunks), tl.load(chunks + 1), tl.load(chunks + 2).to(tl.int64), tl.load(chunks + 3)

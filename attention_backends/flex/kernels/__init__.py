@@ -1,0 +1,1 @@
+"""Triton kernels around torch's own."""
