@@ -125,7 +125,8 @@ def launch(
     kernel[grid](
         x, x if residual is None else residual, *weights, *[weights[0]] * missing, *outputs, *[outputs[0]] * missing,
         *sizes, x.shape[0], x.shape[1], x.stride(0), TOKENS=tiles.tokens, ROWS=tiles.rows, COLUMNS=tiles.columns,
-        ADDED=residual is not None, UNROLLED=tiles.unrolled, num_warps=tiles.warps, num_stages=tiles.stages, **_early(x.device),
+        ADDED=residual is not None, UNROLLED=tiles.unrolled, num_warps=tiles.warps, num_stages=tiles.stages,
+        **_early(x.device),
     )  # fmt: skip
     return outputs
 
