@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from itertools import product
 from typing import Any
@@ -19,7 +19,16 @@ from .platforms.plan import Plan
 from .plugins.manager import load_plugins
 from .startup import plan
 
-ALIASES = {"tp": "tensor_parallel_size", "memory": "memory_bytes", "device_memory": "device_memory_bytes"}
+ALIASES = {
+    "tp": "tensor_parallel_size",
+    "pp": "pipeline_parallel_size",
+    "dp": "data_parallel_size",
+    "memory": "memory_bytes",
+    "device_memory": "device_memory_bytes",
+    "provider": "flash_provider",
+}
+"""Names of the command line that are not those of the settings."""
+SWITCH = {"true": True, "yes": True, "1": True, "on": True, "false": False, "no": False, "0": False, "off": False}
 SIZES = ("memory_bytes", "device_memory_bytes")
 MOST_VARIANTS = 64
 
@@ -44,7 +53,10 @@ class Variant:
 def parse_axes(texts: Sequence[str]) -> dict[str, tuple[Any, ...]]:
     """``["platform=cuda,xpu", "block-size=64,none"]`` as option names and values; ``none`` leaves an option out.
 
-    :raises ConfigError: for a text without ``=``, an unknown option, a value that is no number, or too many variants.
+    A value that is itself a list has plus signs: ``kv-cache-dtype-skip-layers=none,0+5``.
+
+    :raises ConfigError: for a text without ``=``, an unknown option, one that comes twice, a value that is no number,
+        or too many variants.
     """
     axes: dict[str, tuple[Any, ...]] = {}
     known = _option_types()
@@ -59,6 +71,13 @@ def parse_axes(texts: Sequence[str]) -> dict[str, tuple[Any, ...]]:
                 option="--compare",
                 value=text,
                 expected="for example platform=cuda,xpu or tp=1,2,4",
+            )
+        if option in axes:
+            raise ConfigError(
+                f"--compare {text!r}: {option.replace('_', '-')} is compared twice; list all its values in one",
+                option="--compare",
+                value=text,
+                expected="each option once",
             )
         axes[option] = tuple(_value(option, known[option], value.strip()) for value in values.split(","))
     count = 1
@@ -80,7 +99,7 @@ def compare(model: Any, options: Mapping[str, Any], axes: Mapping[str, Sequence[
     variants = []
     for values in product(*axes.values()):
         chosen = dict(zip(axes, values, strict=True))
-        given = {**options, **{name: value for name, value in chosen.items() if value is not None}}
+        given = {name: value for name, value in {**options, **chosen}.items() if value is not None}
         try:
             variants.append(Variant(options=chosen, plan=plan(model, plugins=plugins, **given), error=None))
         except MakereadyError as error:
@@ -136,17 +155,28 @@ def _option_types() -> dict[str, str]:
 
 
 def _value(option: str, kind: str, text: str) -> Any:
-    if text == "none" and "None" in kind:
+    if text == "none" and ("None" in kind or kind.startswith("tuple")):
         return None
     if option in SIZES:
         return parse_bytes(text, option=option)
+    if kind.startswith("tuple"):
+        return tuple(_number(option, int, part) for part in text.split("+"))
+    if "bool" in kind:
+        if text.lower() not in SWITCH:
+            raise _unreadable(option, text, "true or false")
+        return SWITCH[text.lower()]
     if "int" in kind or "float" in kind:
-        try:
-            return float(text) if "float" in kind else int(text)
-        except ValueError:
-            raise ConfigError(
-                f"--compare {option}={text} is not a number", option=option, value=text, expected="a number or none"
-            ) from None
-    if kind == "bool":
-        return text.lower() in ("true", "yes", "1", "on")
+        return _number(option, float if "float" in kind else int, text)
     return text
+
+
+def _number(option: str, read: Callable[[str], float], text: str) -> float:
+    try:
+        return read(text)
+    except ValueError:
+        raise _unreadable(option, text, "a number") from None
+
+
+def _unreadable(option: str, text: str, expected: str) -> ConfigError:
+    name = option.replace("_", "-")
+    return ConfigError(f"--compare {name}={text} is not {expected}", option=name, value=text, expected=expected)

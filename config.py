@@ -236,7 +236,13 @@ class EngineConfig:
         ):
             _require_whole(option, value, 0)
         for option in ("packed_steps", "compile_layers", "cuda_graphs", "async_scheduling"):
-            _require_switch(option, getattr(self.execution, option))
+            _require_switch(option, getattr(self.execution, option), True, False, None)
+        for option, switch in (
+            ("batch_invariant", attention.batch_invariant),
+            ("free_out_of_window", cache.free_out_of_window),
+            ("use_replayssm", cache.use_replayssm),
+        ):
+            _require_switch(option, switch, True, False)
         share = cache.memory_fraction
         if isinstance(share, bool) or not isinstance(share, (int, float)) or not 0 < share <= 1:
             raise ConfigError(
@@ -269,10 +275,13 @@ def _require_whole(option: str, value: int, least: int) -> None:
         raise ConfigError(f"{option} {value!r} must be {words}", option=option, value=value, expected=words)
 
 
-def _require_switch(option: str, value: object) -> None:
-    if value is not None and not isinstance(value, bool):
+def _require_switch(option: str, value: object, *known: bool | None) -> None:
+    if not any(value is one for one in known):
         raise ConfigError(
-            f"{option} {value!r} is neither on nor off", option=option, value=value, expected=[True, False, None]
+            f"{option} {value!r} is none of {', '.join(map(str, known))}",
+            option=option,
+            value=value,
+            expected=list(known),
         )
 
 

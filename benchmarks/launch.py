@@ -97,12 +97,12 @@ def open_engine(model: Any, asked: argparse.Namespace, cases: Sequence[tuple[int
 
 def measure(engine: TransformersEngine, batch: int, prompt: int, new: int) -> dict[str, Any]:
     """Tokens per second over the whole time, after a run that warms up."""
-    _generate(engine, batch, prompt, 3)
+    cold = _generate(engine, batch, prompt, new)
     times = engine.step_times
     before = (times.steps, times.total_s, times.waited_s) if times else (0, 0.0, 0.0)
     whole = _generate(engine, batch, prompt, new)
     first = _generate(engine, batch, prompt, 1)
-    row = {"tokens_per_s": batch * new / whole, "s": whole, "first_token_s": first}
+    row = {"tokens_per_s": batch * new / whole, "s": whole, "first_token_s": first, "first_run_s": cold}
     if new > 1:
         row["step_ms"] = 1e3 * (whole - first) / (new - 1)
     if times:

@@ -11,10 +11,15 @@ import torch
 from makeready.engines.transformers.engine import SamplingParams, TransformersEngine
 
 STEPS = 8
-PROFILED_TOKENS = 1 + 4 * STEPS
+TOP = 24
+"""Kernels that a row names."""
+PROFILED_TOKENS = 96
 """What each request may generate while it is looked at."""
 KINDS = (
-    ("matmul", ("gemm", "gemv", "cutlass", "nvjet", "splitk", "_mm_", "wgmma", "cublas")),
+    (
+        "matmul",
+        ("gemm", "gemv", "cutlass", "nvjet", "splitk", "_mm_", "wgmma", "cublas", "token_kernel", "tokens_kernel"),
+    ),
     ("attention", ("attention", "flash", "flex", "attend", "write_kv", "decode_kernel", "combine", "reduce_split")),
     ("mixers", ("conv", "mamba", "ssd", "scan", "delta", "state_update", "chunk")),
     ("copies", ("memcpy", "memset")),
@@ -44,11 +49,14 @@ def profile_decodes(engine: TransformersEngine, batch: int, prompt: int, *, devi
             engine.abort(request_id)
     kinds: dict[str, float] = defaultdict(float)
     kernels = 0
-    for event in profile.key_averages():
+    found = profile.key_averages()
+    for event in found:
         kinds[_kind(event.key)] += event.self_device_time_total / 1e3 / STEPS
         kernels += event.count
     busy = sum(kinds.values())
-    shown = {f"{kind}_ms": kinds[kind] for kind in sorted(kinds, key=lambda kind: -kinds[kind])}
+    shown: dict[str, Any] = {f"{kind}_ms": kinds[kind] for kind in sorted(kinds, key=lambda kind: -kinds[kind])}
+    slowest = sorted(found, key=lambda event: -event.self_device_time_total)[:TOP]
+    shown["top_us"] = {event.key[:60]: round(event.self_device_time_total / STEPS, 1) for event in slowest}
     return {"step_ms": wall, "busy_ms": busy, "idle": 1 - busy / wall, "kernels": kernels / STEPS, **shown}
 
 

@@ -4,7 +4,8 @@ Every candidate runs every case of its kind. It is compared with float32 attenti
 is right; one that does not compile, needs more memory than a compute unit has, or is wrong is a row with its reason and
 is never chosen. For each question that the table answers (decode or prefill, head size, query heads per KV head) the
 candidate with the lowest geometric mean over its cases becomes the entry: of its time relative to what the present
-table gives, replayed in turns with it. Entries of other devices stay as they are.
+table gives, replayed in turns with it. One that is not 1 % faster changes nothing: what the table has stays, as do the
+entries of other devices.
 
     makeready bench tune                                  # measure and show; the table stays as it is
     makeready bench tune --write                          # and write the table of the installed package
@@ -26,6 +27,7 @@ from dataclasses import asdict, dataclass, replace
 from functools import partial
 from itertools import product
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import torch
@@ -67,6 +69,8 @@ Key = tuple[str, int, int]
 TOLERANCE = 1e-2
 """Largest relative root-mean-square error of bfloat16 against float32."""
 BUILT_IN = "table"
+WORTH = 0.99
+"""Times the present table's, below which a candidate takes its place."""
 HOPELESS = 1.3
 """Times the present table's, from which a candidate is not measured to the end."""
 DECODES: tuple[DecodeConfig, ...] = tuple(
@@ -102,7 +106,7 @@ class Measured:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the sweep; 1 if some question found no configuration that is right."""
+    """Run the sweep; 1 if for some case nothing was right, the present table's configuration included."""
     asked = _options().parse_args(arguments)
     device = require_device("tuning", "cuda", "xpu")
     facts = {"cuda": probe_cuda, "xpu": probe_xpu}[device]().devices[0]
@@ -115,10 +119,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for case in cases:
         found += _sweep(case, facts, present, asked, report, deadline)
     entries = best(found, facts.name, f"{report.environment['date'][:10]}, {_software(report.environment)}")
-    code = _conclude(report, entries, found, asked.json)
-    if asked.write:
+    _conclude(report, entries, found, asked.json)
+    if asked.write and entries:
         write_table(merged(present, entries), asked.table)
-    return code
+    ran = {row["case"] for row in report.rows}
+    return int(ran != {one.case.name for one in found})
 
 
 def key_of(case: Case) -> Key:
@@ -138,7 +143,8 @@ def candidates(case: Case) -> list[Config]:
 def best(found: Sequence[Measured], device: str, measured: str) -> tuple[Entry, ...]:
     """Per question the configuration with the lowest geometric mean of relative times.
 
-    A configuration that lacks a case which another one ran is not taken: it was wrong there, or did not compile.
+    A configuration that lacks a case which another one ran is not taken: it was wrong there, or did not compile. None
+    is taken that is not faster than the present table.
     """
     by_key: dict[Key, dict[Config | None, dict[str, Measured]]] = defaultdict(lambda: defaultdict(dict))
     for one in found:
@@ -149,7 +155,12 @@ def best(found: Sequence[Measured], device: str, measured: str) -> tuple[Entry, 
         whole = {config: runs for config, runs in by_config.items() if config is not None and runs.keys() == names}
         if not whole:
             continue
-        chosen = min(whole, key=lambda config: sum(math.log(one.relative) for one in whole[config].values()))
+        mean = {
+            config: math.exp(fmean(math.log(one.relative) for one in runs.values())) for config, runs in whole.items()
+        }
+        chosen = min(whole, key=mean.__getitem__)
+        if mean[chosen] > WORTH and by_config[None].keys() == names:
+            continue
         entries.append(
             Entry(
                 kind=kind,
@@ -298,8 +309,8 @@ def _compile(work: tuple[Case, Config, DeviceFacts]) -> None:
         return
 
 
-def _conclude(report: Report, entries: Sequence[Entry], found: Sequence[Measured], as_json: bool) -> int:
-    """Show what was chosen beside the present table; 1 if a question is left without an answer."""
+def _conclude(report: Report, entries: Sequence[Entry], found: Sequence[Measured], as_json: bool) -> None:
+    """Show what was chosen beside the present table."""
     relative = {(one.case.name, one.config): one.relative for one in found}
     chosen = [
         {
@@ -316,9 +327,13 @@ def _conclude(report: Report, entries: Sequence[Entry], found: Sequence[Measured
     ]
     report.conclusion = {"entries": [entry.to_dict() for entry in entries], "chosen": chosen}
     report.finish(table=False)
-    if not as_json:
+    if as_json:
+        return
+    if chosen:
         print_table("chosen, and the gain over the present table", chosen)
-    return int(len(entries) < len({key_of(one.case) for one in found}))
+    kept = {key_of(one.case) for one in found} - {entry.key[:1] + entry.key[2:] for entry in entries}
+    for kind, head_size, rows in sorted(kept):
+        print(f"{kind}, head size {head_size}, rows {rows}: nothing was 1 % faster than the present table, which stays")
 
 
 def _figure(one: Measured) -> str:

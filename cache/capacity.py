@@ -169,8 +169,8 @@ def plan_capacity(
     if not shape.fits(total, *needs[1]):
         blocks = shape.least_blocks(*needs[1])
         raise CapacityError(
-            f"{said} cannot hold one request: {_needs_words(groups, shape)} and one block is the null block, so at "
-            f"least {blocks} blocks or {format_bytes(blocks * shape.block_bytes)} ({blocks * shape.block_bytes} "
+            f"{said} cannot hold one request: {_needs_words(groups, shape, holding)} and one block is the null block, "
+            f"so at least {blocks} blocks or {format_bytes(blocks * shape.block_bytes)} ({blocks * shape.block_bytes} "
             "bytes) are needed",
             option=option,
             value=memory_bytes if num_blocks is None else num_blocks,
@@ -195,11 +195,13 @@ def _bytes_taken(shape: PoolShape, states: int, blocks: int) -> int:
     return states * shape.state_page_bytes + blocks * shape.block_bytes
 
 
-def _needs_words(groups: Sequence[LayerGroup], shape: PoolShape) -> str:
-    block = format_bytes(shape.block_bytes)
-    if shape.state_page_blocks == 1:
-        return f"{len(groups)} layer groups need a block of {block} each"
+def _needs_words(groups: Sequence[LayerGroup], shape: PoolShape, holding: Holding) -> str:
+    block, drafts = format_bytes(shape.block_bytes), holding.draft_states
     attention = sum(not group.is_state for group in groups)
+    if shape.state_page_blocks == 1:
+        states = len(groups) - attention
+        more = f", {states} groups of states {drafts} more for draft tokens," if drafts and states else ""
+        return f"{len(groups)} layer groups need a block of {block} each{more}"
     return (
         f"{attention} groups of attention layers need a block of {block} each, a state needs "
         f"{shape.state_page_blocks} blocks"

@@ -89,6 +89,9 @@ def write_rows(
     heads_padded = min(triton.next_power_of_2(heads), max(1, elements // padded))
     rows_of_program = max(1, min(elements // (padded * heads_padded), triton.next_power_of_2(num_tokens) // FULL_GRID))
     cos, sin = rotary if rotary is not None else (None, None)
+    if cos is not None and sin is not None and not (cos.stride() == sin.stride() and cos.stride(-1) == 1):
+        cos, sin = cos.contiguous(), sin.contiguous()
+    slot_mapping = slot_mapping.contiguous()
     k_scale, v_scale = map(float, scales if scales is not None else (1.0, 1.0))
     limit = torch.finfo(key_cache.dtype).max if key_cache.dtype.is_floating_point else 0.0
     narrow = key_cache.dtype.is_floating_point and limit < torch.finfo(key.dtype).max

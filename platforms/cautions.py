@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from ..cache.capacity import Holding
 from ..cache.specs import MambaSpec
-from ..config import EngineConfig
+from ..config import CacheConfig, EngineConfig
 from ..device import format_bytes
 from ..hybrid.model_specs import ModelSpec
 from .decision import BlockSizeDecision
@@ -16,19 +17,20 @@ NOTABLE_PADDING_PCT = 10.0
 """Padding of a state, in percent of its bytes, from which on a warning says so."""
 
 
-def dear_blocks(decision: BlockSizeDecision, stage: StagePlan) -> list[str]:
+def dear_blocks(decision: BlockSizeDecision, stage: StagePlan, holding: Holding) -> list[str]:
     """What costs memory more than one would expect, with the numbers."""
     found = []
-    groups, per_block = stage.groups, stage.shape.block_bytes
     raw = decision.state_raw_bytes
     if raw and 100 * (decision.state_page_bytes - raw) > NOTABLE_PADDING_PCT * raw:
         pct = 100 * (decision.state_page_bytes - raw) / raw
         found.append(f"states of {raw} bytes take pages of {decision.state_page_bytes} bytes: padding of {pct:.1f} %.")
-    floor = len(groups) * per_block
     if decision.block_size > 8 * decision.phase1_block_size:
+        count, per_block = holding.request_blocks(stage.groups, 1), stage.shape.block_bytes
+        drafts = count - len(stage.groups)
+        held = f"{len(stage.groups)} groups" if not drafts else f"({len(stage.groups)} groups + {drafts} draft states)"
         found.append(
             f"blocks grew from {decision.phase1_block_size} to {decision.block_size} tokens to hold a state, so that "
-            f"the shortest request takes {format_bytes(floor)}: {len(groups)} groups x {format_bytes(per_block)}."
+            f"the shortest request takes {format_bytes(count * per_block)}: {held} x {format_bytes(per_block)}."
         )
     return found
 
@@ -41,6 +43,21 @@ def idle_stages(stages: Sequence[StagePlan]) -> list[str]:
         f"{stage.name} stores nothing: its layers read what another stage stores, or keep nothing."
         for stage in stages
         if not stage.groups
+    ]
+
+
+def idle_settings(config: EngineConfig) -> list[str]:
+    """Settings that the user changed and that count nothing without another one."""
+    cache, usual = config.cache, CacheConfig()
+    needs = {
+        "replayssm_buffer_len": ("use_replayssm", cache.use_replayssm),
+        "mamba_backend": ("use_replayssm", cache.use_replayssm),
+        "extra_retained_tokens": ("free_out_of_window", cache.free_out_of_window),
+    }
+    return [
+        f"{option} {getattr(cache, option)} changes nothing without {other}."
+        for option, (other, given) in needs.items()
+        if not given and getattr(cache, option) != getattr(usual, option)
     ]
 
 

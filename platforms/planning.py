@@ -16,7 +16,7 @@ from ..device import DeviceFacts, format_bytes
 from ..errors import BackendError, ConfigError
 from ..hybrid.model_specs import ModelSpec
 from .budget import cache_budget, holding_of, served_max_model_len, with_capacities
-from .cautions import dear_blocks, idle_stages, reset_states
+from .cautions import dear_blocks, idle_settings, idle_stages, reset_states
 from .decision import BlockSizeDecision, BlockSizeRequest
 from .interface import Platform
 from .plan import Plan, PlannedLayer
@@ -106,7 +106,8 @@ def plan_model(
     warnings = [
         *mind,
         *chosen.warnings,
-        *dear_blocks(decision, tight),
+        *idle_settings(config),
+        *dear_blocks(decision, tight, holding_of(config)),
         *idle_stages(stages),
         *reset_states(model, platform, config),
     ]

@@ -73,3 +73,14 @@ def test_rows_that_are_a_slice_of_a_wider_projection():
     write_kv(wide[:, 2:4], wide[:, 4:], *slow, slots)
     write_rows(wide[:, 2:4], wide[:, 4:], *fast, slots)
     assert all(same_bits(a, b) for a, b in zip(slow, fast, strict=True))
+
+
+def test_angles_and_slots_that_are_slices():
+    key, value = tokens(2, 32, 32)
+    angles, sines = torch.randn(8, TOKENS).T, torch.randn(TOKENS, 24)[:, 16:]
+    slots = torch.stack([slots_of_some(), torch.zeros(TOKENS, dtype=torch.int64)], dim=1)[:, 0]
+    slow, fast = views("NHD", 2, 32, 32), views("NHD", 2, 32, 32)
+    write_kv(key, value, *slow, slots, rotary=(angles, sines))
+    write_rows(key, value, *fast, slots, rotary=(angles, sines))
+    for a, b in zip(slow, fast, strict=True):
+        assert torch.allclose(a, b, rtol=1e-6, atol=1e-6, equal_nan=True)

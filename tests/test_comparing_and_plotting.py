@@ -82,6 +82,34 @@ def test_a_broken_axis_says_what_would_be_right(text):
         parse_axes([text])
 
 
+def test_axes_take_lists_switches_and_short_names():
+    texts = ["kv-cache-dtype-skip-layers=none,5+12", "use-replayssm=yes,off", "pp=1,2", "provider=none,fa3"]
+    assert parse_axes(texts) == {
+        "kv_cache_dtype_skip_layers": (None, (5, 12)), "use_replayssm": (True, False),
+        "pipeline_parallel_size": (1, 2), "flash_provider": (None, "fa3"),
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("texts", "said"),
+    [
+        (["use-replayssm=ture"], "use-replayssm=ture is not true or false"),
+        (["kv-cache-dtype-skip-layers=a"], "kv-cache-dtype-skip-layers=a is not a number"),
+        (["tp=1", "tp=2"], "tensor-parallel-size is compared twice"),
+    ],
+)
+def test_what_an_axis_cannot_mean_is_refused(texts, said):
+    with pytest.raises(ConfigError, match=said):
+        parse_axes(texts)
+
+
+def test_none_leaves_out_an_option_that_is_given_besides():
+    first, second = compare(NANO, {"platform": "xpu", "block_size": 2176}, parse_axes(["block-size=none,2176"]))
+    assert first.plan is not None
+    assert second.plan is not None
+    assert (first.plan.block_size, second.plan.block_size) == (2112, 2176)
+
+
 def test_too_many_variants_are_refused():
     with pytest.raises(ConfigError, match="asks for 81 plans; 64 at most"):
         parse_axes(["tp=1,2,3,4,5,6,7,8,9", "block-size=1,2,3,4,5,6,7,8,9"])

@@ -41,12 +41,13 @@ def stock(family: str):
     return model, tokens
 
 
-def check(family: str, monkeypatch, dense: bool = True, **options) -> None:
+def check(family: str, dense: bool = True, **options) -> None:
     model, tokens = stock(family)
     ready = make_ready(model, device=CUDA, max_num_seqs=6, **{"packed_steps": True, **options})
     if dense:
         ready = replace(ready, attention=dict.fromkeys(ready.attention, DenseAttention()))
-        monkeypatch.setattr("makeready.hybrid.mixers.reference.kernels.ReferenceMixers", DenseMixers)
+        if "mixer_backend" not in options and ready.mixers is not None:
+            ready = replace(ready, mixers=DenseMixers())
     engine = TransformersEngine(model, None, ready, poison_freed=True)
     try:
         for option in ("compile_layers", "cuda_graphs", "async_scheduling"):
@@ -70,19 +71,19 @@ def modes(compiled: bool, graphs: bool, ahead: bool) -> dict[str, bool]:
     [modes(False, False, False), modes(False, False, True), modes(False, True, False), modes(False, True, True)],
     ids=["plain", "ahead", "graphs", "graphs-ahead"],
 )
-def test_tokens(family, mode, monkeypatch):
-    check(family, monkeypatch, **mode)
+def test_tokens(family, mode):
+    check(family, **mode)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_tokens_compiled(family, monkeypatch):
-    check(family, monkeypatch, **modes(True, True, True))
+def test_tokens_compiled(family):
+    check(family, **modes(True, True, True))
 
 
 @pytest.mark.parametrize("family", ["falcon_h1", "nemotron_h", "qwen3_next", "mamba2", "lfm2", "jamba"])
-def test_tokens_with_kernels(family, monkeypatch):
-    check(family, monkeypatch, mixer_backend="triton", **modes(False, True, True))
+def test_tokens_with_kernels(family):
+    check(family, mixer_backend="triton", **modes(False, True, True))
 
 
-def test_chunks_beside_captured_decodes(monkeypatch):
-    check("falcon_h1", monkeypatch, max_num_batched_tokens=9, **modes(False, True, True))
+def test_chunks_beside_captured_decodes():
+    check("falcon_h1", max_num_batched_tokens=9, **modes(False, True, True))

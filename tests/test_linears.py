@@ -68,6 +68,51 @@ def _value(node, parameters, x):
     return found[0] if found else x
 
 
+class Gated(torch.nn.Module):
+    """A gated pair and a residual, as most MLPs have them, with a factor that is one."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.gate, self.up, self.down = (torch.nn.Linear(a, b, bias=False) for a, b in ((8, 12), (8, 12), (12, 8)))
+
+    def forward(self, x):
+        return x + self.down(torch.nn.functional.silu(self.gate(x) * 1.0) * self.up(x)) * 1.0
+
+
+@pytest.mark.parametrize("alone", [False, True])
+def test_gated_pairs_and_residuals_are_computed_along_for_one_token(alone):
+    torch._dynamo.reset()
+    made = []
+
+    def backend(graph, inputs):
+        merge_linears(graph, alone=alone)
+        made.extend(str(node.target) for node in graph.graph.nodes if "makeready" in str(node.target))
+        return graph
+
+    module, x = Gated(), torch.randn(1, 8)
+    torch.testing.assert_close(torch.compile(module, backend=backend, fullgraph=True)(x), module(x))
+    assert made == (
+        ["makeready.gated_linear.default", "makeready.linear_add.default"] if alone else ["makeready.linears.default"]
+    )
+
+
+def test_a_tensor_that_is_written_to_is_read_where_it_was():
+    torch._dynamo.reset()
+
+    def changing(x, a, b):
+        first = torch.nn.functional.linear(x, a)
+        x.mul_(2.0)
+        return first + torch.nn.functional.linear(x, b)
+
+    def backend(graph, inputs):
+        assert merge_linears(graph, alone=True) == 0
+        return graph
+
+    x, a, b = torch.randn(2, 8), torch.randn(4, 8), torch.randn(4, 8)
+    expected = changing(x.clone(), a, b)
+    torch.testing.assert_close(torch.compile(changing, backend=backend, fullgraph=True)(x.clone(), a, b), expected)
+
+
 def test_layers_with_a_bias_stay_as_they_are():
     torch._dynamo.reset()
     captured, compiled = traced(Attention(bias=True))
@@ -95,6 +140,24 @@ def test_kernels_compute_what_linear_does(tokens, rows, columns):
     for output, weight in zip(linear_kernels.launch(x, weights, tiles), weights, strict=True):
         expected = x.float() @ weight.float().T
         assert (output.float() - expected).norm() / expected.norm() < 5e-3
+
+
+@kernels
+@pytest.mark.parametrize(("rows", "columns"), [(40, 512), (100, 1536), (33, 1024)])
+def test_kernels_of_one_token_add_residuals_and_gate(rows, columns):
+    from makeready.engines.transformers.packed import linear_kernels
+
+    x = torch.randn(1, columns, dtype=DTYPE, device=HERE)
+    gate, up = (torch.randn(rows, columns, dtype=DTYPE, device=HERE) / columns**0.5 for _ in range(2))
+    residual = torch.randn(1, rows, dtype=DTYPE, device=HERE)
+    products = [x.float() @ weight.float().T for weight in (gate, up)]
+    tiles = linear_kernels.tiles_for(1, rows, columns)
+    added = linear_kernels.launch(x, [up], tiles, residual)[0].float()
+    expected = residual.float() + products[1]
+    assert (added - expected).norm() / expected.norm() < 1e-2
+    gated = linear_kernels.launch_gated(x, gate, up).float()
+    expected = torch.nn.functional.silu(products[0]) * products[1]
+    assert (gated - expected).norm() / expected.norm() < 1e-2
 
 
 def test_large_matrices_and_many_tokens_have_their_own_ways():

@@ -42,7 +42,7 @@ class Compiled:
     def __getitem__(self, grid):
         return self.launch
 
-    def launch(self, *args, num_warps=4, num_stages=1, **constants):
+    def launch(self, *args, num_warps=4, num_stages=1, maxnreg=None, **constants):
         import triton
         from triton.backends.compiler import GPUTarget
         from triton.compiler import ASTSource
@@ -63,7 +63,7 @@ class Compiled:
             else:
                 signature[name] = "fp32"
         source = ASTSource(self.kernel, signature, fixed, attrs=attributes)
-        options = {"num_warps": num_warps, "num_stages": num_stages}
+        options = {"num_warps": num_warps, "num_stages": num_stages, "maxnreg": maxnreg}
         built = triton.compile(source, target=GPUTarget("cuda", HOPPER, 32), options=options)
         assert built.asm["cubin"]
         assert built.metadata.shared <= 227 * 1024

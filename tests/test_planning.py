@@ -271,3 +271,10 @@ def test_padding_of_a_group_is_what_its_layers_leave_of_a_block(strategy) -> Non
         alone = strategy == "subdivided" and group["kind"] == "mamba2"
         whole = group["page_bytes"] if alone else plan.pool_bytes_per_block
         assert group["padding_bytes"] == whole - sum(used[layer] for layer in group["layers"]) >= 0
+
+
+@pytest.mark.parametrize("option", ["use_replayssm", "free_out_of_window", "batch_invariant"])
+@pytest.mark.parametrize("value", ["no", 1, None])
+def test_a_switch_is_on_or_off(option, value):
+    with pytest.raises(ConfigError, match=f"{option} .* is none of True, False"):
+        mr.plan(NANO, platform="cuda", **{option: value})

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 import makeready
-from makeready.errors import ConfigError
+from makeready.errors import CapacityError, ConfigError
 from makeready.hybrid.model_specs import read_model
 from makeready.hybrid.replay_rings import Replay
 
@@ -101,3 +101,26 @@ def test_settings_are_checked_also_where_they_are_not_used(options):
 def test_modes_that_keep_states_are_planned_with_triton():
     plan = makeready.plan(NANO, platform="cuda", use_replayssm=True, mamba_cache_mode="align")
     assert plan.decision.mamba_block_size == plan.block_size
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"replayssm_buffer_len": 8}, "replayssm_buffer_len 8 changes nothing without use_replayssm"),
+        ({"mamba_backend": "flashinfer"}, "mamba_backend flashinfer changes nothing without use_replayssm"),
+        ({"extra_retained_tokens": 2}, "extra_retained_tokens 2 changes nothing without free_out_of_window"),
+    ],
+)
+def test_a_setting_that_changes_nothing_is_said(options, words):
+    plan = makeready.plan(NANO, platform="cuda", **options)
+    assert any(words in warning for warning in plan.warnings)
+
+
+def test_what_the_shortest_request_takes_has_its_draft_states():
+    plan = makeready.plan(NANO, platform="cuda", num_speculative_tokens=3, memory_bytes=2**30)
+    assert plan.capacity is not None
+    said = "takes 211.97 MiB: (5 groups + 12 draft states) x 12.47 MiB"
+    assert any(said in warning for warning in plan.warnings)
+    assert plan.capacity.floor_bytes_per_request == 17 * plan.shape.block_bytes
+    with pytest.raises(CapacityError, match="4 groups of states 3 more for draft tokens, and one block is the null"):
+        makeready.plan(NANO, platform="cuda", num_speculative_tokens=3, memory_bytes=2**26)

@@ -156,3 +156,8 @@ def test_the_table_has_an_entry_for_every_head_size():
         for head_size in (16, 64, 80, 128, 192, 256):
             facts = {"narrow": False, "invariant": False, "max_model_len": 4096}
             assert configs.decode_config(device, head_size=head_size, rows=16, **facts).tile >= 16
+
+
+def test_the_batch_invariant_mode_adds_the_same_tiles_wherever_a_token_is_computed():
+    for entry in configs.TABLE:
+        assert entry.invariant.tile == entry.invariant_prefill.block_n

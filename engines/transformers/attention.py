@@ -14,6 +14,9 @@ from .paged_cache import PagedCache
 NAME = "makeready"
 """No mask is registered under it, so that models build none. Must not contain the names transformers tests for."""
 
+PACKED_NAME = "makeready_packed"
+"""The same for packed steps."""
+
 CONTEXT = "makeready_cache"
 """The forward argument that carries the step's :class:`PagedCache` to :func:`attend`."""
 

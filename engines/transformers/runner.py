@@ -10,7 +10,7 @@ import torch
 
 from ...cache.staging import stage
 from ...errors import ConfigError, IntegrityError
-from .attention import CONTEXT, NAME, register
+from .attention import CONTEXT, NAME, PACKED_NAME, register
 from .binding import bind
 from .families import Traits
 from .forward_step import ForwardStep, build_step
@@ -116,10 +116,10 @@ def check_model(model: Any, ready: Ready) -> None:
             value=str(model.device),
             expected=str(device),
         )
-    if model.config._attn_implementation == NAME:
+    if model.config._attn_implementation in (NAME, PACKED_NAME):
         raise ConfigError(
             "the model belongs to another engine; close that one first",
             option="model",
-            value=NAME,
+            value=model.config._attn_implementation,
             expected="a model without an engine",
         )

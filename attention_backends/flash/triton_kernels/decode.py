@@ -11,7 +11,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .parts import combined, finite, soft_capped, with_sink
+from .parts import column_sums, combined, finite, row_sums, soft_capped, with_sink
 
 
 @triton.jit(do_not_specialize=["num_requests", "programs"])
@@ -199,7 +199,7 @@ def decode_kernel(
                     w = tl.exp2(s * factor - finite(m_new)[None, :])
                     alpha = tl.exp2(m - finite(m_new))
                     if FIXED > 0:
-                        norm = norm * alpha + tl.sum(w, 0)
+                        norm = norm * alpha + column_sums(w.to(KIND), TILE)
                     else:
                         spread = spread * alpha[None, :] + w
                     acc = tl.dot(tl.trans(v.to(KIND)), w.to(KIND), acc * alpha[None, :])
@@ -208,7 +208,7 @@ def decode_kernel(
                     w = tl.exp2(s * factor - finite(m_new)[:, None])
                     alpha = tl.exp2(m - finite(m_new))
                     if FIXED > 0:
-                        norm = norm * alpha + tl.sum(w, 1)
+                        norm = norm * alpha + row_sums(w.to(KIND), TILE)
                     else:
                         spread = spread * alpha[:, None] + w
                     acc = tl.dot(w.to(KIND), v.to(KIND), acc * alpha[:, None])

@@ -34,3 +34,17 @@ def with_sink(m, norm, acc, sink):
     m_new = tl.maximum(m, sink)
     c0 = tl.exp2(m - m_new)
     return m_new, norm * c0 + tl.exp2(sink - m_new), acc * c0[:, None]
+
+
+@triton.jit
+def row_sums(w, KEYS: tl.constexpr):
+    """Sums of (R, KEYS) over the keys by a matrix product, which adds in one order whatever the layout of ``w`` is."""
+    ones = tl.full([KEYS, 16], 1.0, w.dtype)
+    return tl.max(tl.dot(w, ones), 1)
+
+
+@triton.jit
+def column_sums(w, KEYS: tl.constexpr):
+    """As :func:`row_sums`, of (KEYS, R)."""
+    ones = tl.full([16, KEYS], 1.0, w.dtype)
+    return tl.max(tl.dot(ones, w), 0)

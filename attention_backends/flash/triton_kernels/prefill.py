@@ -5,7 +5,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .parts import combined, finite, soft_capped, with_sink
+from .parts import combined, finite, row_sums, soft_capped, with_sink
 
 PAGES: tl.constexpr = tl.constexpr(0)
 """K and V are loaded from the pages, token by token."""
@@ -81,7 +81,7 @@ def load_tile(
 def attend_tile(
     q, k, v, m, norm, acc, start, length, position, slope, scale, soft_cap,
     BLOCK_N: tl.constexpr, CAUSAL: tl.constexpr, WINDOW: tl.constexpr, SOFT_CAP: tl.constexpr, ALIBI: tl.constexpr,
-    MASKED: tl.constexpr,
+    MASKED: tl.constexpr, FIXED: tl.constexpr,
 ):  # fmt: skip
     """One step of the online softmax over the keys ``start`` to ``start + BLOCK_N``; scores in units of log2(e)."""
     s = tl.dot(q, tl.trans(k.to(q.dtype)))
@@ -107,7 +107,8 @@ def attend_tile(
     m_sub = finite(m_new) if MASKED else m_new
     w = tl.exp2(s * factor - m_sub[:, None])
     alpha = tl.exp2(m - m_sub)
-    norm = norm * alpha + tl.sum(w, 1)
+    sums = row_sums(w.to(q.dtype), BLOCK_N) if FIXED > 0 else tl.sum(w, 1)
+    norm = norm * alpha + sums
     acc = tl.dot(w.to(q.dtype), v.to(q.dtype), acc * alpha[:, None])
     return m_new, norm, acc
 
@@ -196,7 +197,7 @@ def prefill_kernel(
                 v = load_tile(v_head, v_desc, table, start, since, length, base, sv_b, sv_t, DV, DVP, BLOCK_SIZE,
                               BLOCK_N, SOURCE, True)  # fmt: skip
                 m1, norm1, acc1 = attend_tile(q, k, v, m1, norm1, acc1, start, length, position, slope, scale, soft_cap,
-                                           BLOCK_N, CAUSAL, WINDOW, SOFT_CAP, ALIBI, True)  # fmt: skip
+                                           BLOCK_N, CAUSAL, WINDOW, SOFT_CAP, ALIBI, True, FIXED)  # fmt: skip
             m, norm, acc = combined(m, norm, acc, m1, norm1, acc1)
     else:
         for start in tl.range(full_from, full_to, BLOCK_N, num_stages=STAGES):
@@ -205,7 +206,7 @@ def prefill_kernel(
             v = load_tile(v_head, v_desc, table, start, since, length, base, sv_b, sv_t, DV, DVP, BLOCK_SIZE,
                           BLOCK_N, SOURCE, False)  # fmt: skip
             m, norm, acc = attend_tile(q, k, v, m, norm, acc, start, length, position, slope, scale, soft_cap,
-                                    BLOCK_N, CAUSAL, WINDOW, SOFT_CAP, ALIBI, False)  # fmt: skip
+                                    BLOCK_N, CAUSAL, WINDOW, SOFT_CAP, ALIBI, False, FIXED)  # fmt: skip
         leading = tl.maximum(full_from - lo, 0) // BLOCK_N
         for number in tl.range(0, leading + tl.cdiv(tl.maximum(hi - full_to, 0), BLOCK_N), num_stages=1):
             start = tl.where(number < leading, lo + number * BLOCK_N, full_to + (number - leading) * BLOCK_N)
@@ -214,7 +215,7 @@ def prefill_kernel(
             v = load_tile(v_head, v_desc, table, start, since, length, base, sv_b, sv_t, DV, DVP, BLOCK_SIZE,
                           BLOCK_N, SOURCE, True)  # fmt: skip
             m, norm, acc = attend_tile(q, k, v, m, norm, acc, start, length, position, slope, scale, soft_cap,
-                                    BLOCK_N, CAUSAL, WINDOW, SOFT_CAP, ALIBI, True)  # fmt: skip
+                                    BLOCK_N, CAUSAL, WINDOW, SOFT_CAP, ALIBI, True, FIXED)  # fmt: skip
     if SINKS:
         sink = tl.load(sinks_ptr + head * G + g).to(tl.float32) * LOG2E
         m, norm, acc = with_sink(m, norm, acc, sink)

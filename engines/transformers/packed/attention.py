@@ -1,4 +1,4 @@
-"""The function that models call for attention in packed forwards, registered with transformers under :data:`NAME`."""
+"""The function that models call for attention in packed forwards, registered under ``PACKED_NAME``."""
 
 from __future__ import annotations
 
@@ -8,12 +8,9 @@ import torch
 
 from ....attention_backends.interface import AttentionCall
 from ....errors import BackendError
-from ..attention import HARMLESS
+from ..attention import HARMLESS, PACKED_NAME
 from .mla import attend_expanded
 from .ops import operators
-
-NAME = "makeready_packed"
-"""No mask is registered under it, so that models build none. Must not contain the names transformers tests for."""
 
 EXPANDED = "makeready_expanded"
 """The forward argument that is true for models that expand stored latents."""
@@ -24,7 +21,7 @@ def register() -> None:
     from transformers import AttentionInterface
 
     operators()
-    AttentionInterface.register(NAME, attend_packed)
+    AttentionInterface.register(PACKED_NAME, attend_packed)
 
 
 def attend_packed(

@@ -8,7 +8,7 @@ the step before; requests that are missing to a bucket are rows that read and wr
 from __future__ import annotations
 
 from bisect import bisect_left
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -36,7 +36,7 @@ class _Captured:
 
 def buckets_up_to(max_num_seqs: int) -> tuple[int, ...]:
     """Batch sizes with a graph of their own: close together where a padding row costs much, far apart above."""
-    sizes = [1, 2, 4, 8, *range(16, 64, 8), *range(64, 128, 16), *range(128, max_num_seqs, 32)]
+    sizes = [1, 2, 4, 8, *range(16, 64, 8), *range(64, 128, 16), *range(128, 256, 32), *range(256, max_num_seqs, 64)]
     return (*(size for size in sizes if size < max_num_seqs), max_num_seqs)
 
 
@@ -59,17 +59,14 @@ class DecodeGraphs:
         """The smallest captured batch that holds ``count`` requests."""
         return self._buckets[bisect_left(self._buckets, count)]
 
-    def capture(self, sizes: Iterable[int] | None = None) -> None:
-        """Capture ``sizes``, all buckets unless given; largest first, so that the others share its memory."""
-        for size in sorted(self._buckets if sizes is None else sizes, reverse=True):
-            if size not in self._captured:
-                self._captured[size] = self._capture(size)
+    def capture(self) -> None:
+        """Capture all buckets, largest first, so that the others share its memory."""
+        for size in reversed(self._buckets):
+            self._captured[size] = self._capture(size)
 
     def replay(self, rows: Sequence[Row], seats: Sequence[int]) -> tuple[torch.Tensor, torch.Tensor]:
         """Queue the step of ``rows``; logits (B, V) and tokens (B,), overwritten by the next replay."""
         size = self.bucket(len(rows))
-        if size not in self._captured:
-            self._captured[size] = self._capture(size)
         captured = self._captured[size]
         self._builder.fill(rows, size)
         self._inputs.fill(rows, seats, size)

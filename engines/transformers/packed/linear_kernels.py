@@ -7,6 +7,7 @@ each alone would leave most of the device idle. Imports Triton.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cache
 
 import torch
 import triton
@@ -16,9 +17,7 @@ MAX_WEIGHTS = 4
 
 
 @triton.jit
-def _tile(
-    w0, w1, w2, w3, y0, y1, y2, y3, n0, n1, n2, n3, ROWS: tl.constexpr
-):
+def _tile(w0, w1, w2, w3, y0, y1, y2, y3, n0, n1, n2, n3, ROWS: tl.constexpr):
     """The matrix of this program, its output, its number of rows, and which rows are the program's."""
     program = tl.program_id(0)
     first1 = tl.cdiv(n0, ROWS)
@@ -36,32 +35,70 @@ def _tile(
 
 @triton.jit
 def one_token_kernel(
-    x, w0, w1, w2, w3, y0, y1, y2, y3, n0, n1, n2, n3, M, K, x_m,
-    TOKENS: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+    x, residual, w0, w1, w2, w3, y0, y1, y2, y3, n0, n1, n2, n3, M, K, x_m,
+    TOKENS: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, ADDED: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
-    """y = W x, products added up in float32 per column first: no tensor cores, full width of the loads."""
+    """y = W x for one token, plus ``residual`` if ADDED.
+
+    Products are summed per column in float32: the full width of the loads, and no tensor cores. More loads under way
+    per program, by hand, were slower: programs are many, and each one small.
+    """
     w, y, n, rows = _tile(w0, w1, w2, w3, y0, y1, y2, y3, n0, n1, n2, n3, ROWS)
     columns = tl.arange(0, COLUMNS)
     inside = (rows < n)[:, None]
     at = w + rows.to(tl.int64)[:, None] * K + columns[None, :]
     sums = tl.zeros((ROWS, COLUMNS), dtype=tl.float32)
+    if EARLY:
+        tl.extra.cuda.gdc_launch_dependents()
+        tl.extra.cuda.gdc_wait()
     for start in range(0, K, COLUMNS):
         weights = tl.load(at + start, mask=inside, other=0.0, eviction_policy="evict_first").to(tl.float32)
         sums += weights * tl.load(x + start + columns).to(tl.float32)[None, :]
-    tl.store(y + rows, tl.sum(sums, 1).to(y.dtype.element_ty), mask=rows < n)
+    total = tl.sum(sums, 1).to(y.dtype.element_ty)
+    if ADDED:
+        total = (total.to(tl.float32) + tl.load(residual + rows, mask=rows < n).to(tl.float32)).to(y.dtype.element_ty)
+    tl.store(y + rows, total, mask=rows < n)
+
+
+@triton.jit
+def gated_kernel(x, gate, up, y, N, K, ROWS: tl.constexpr, COLUMNS: tl.constexpr, EARLY: tl.constexpr):
+    """y = silu(gate x) * (up x) for one token, each rounded as its own operation would be."""
+    rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    inside = (rows < N)[:, None]
+    columns = tl.arange(0, COLUMNS)
+    at = rows.to(tl.int64)[:, None] * K + columns[None, :]
+    gate_sums = tl.zeros((ROWS, COLUMNS), dtype=tl.float32)
+    up_sums = tl.zeros((ROWS, COLUMNS), dtype=tl.float32)
+    if EARLY:
+        tl.extra.cuda.gdc_launch_dependents()
+        tl.extra.cuda.gdc_wait()
+    for start in range(0, K, COLUMNS):
+        token = tl.load(x + start + columns).to(tl.float32)[None, :]
+        gates = tl.load(gate + at + start, mask=inside, other=0.0, eviction_policy="evict_first")
+        ups = tl.load(up + at + start, mask=inside, other=0.0, eviction_policy="evict_first")
+        gate_sums += gates.to(tl.float32) * token
+        up_sums += ups.to(tl.float32) * token
+    dtype = y.dtype.element_ty
+    gated = tl.sum(gate_sums, 1).to(dtype).to(tl.float32)
+    gated = (gated * tl.sigmoid(gated)).to(dtype).to(tl.float32)
+    product = tl.sum(up_sums, 1).to(dtype).to(tl.float32) * gated
+    tl.store(y + rows, product.to(dtype), mask=rows < N)
 
 
 @triton.jit
 def few_tokens_kernel(
-    x, w0, w1, w2, w3, y0, y1, y2, y3, n0, n1, n2, n3, M, K, x_m,
-    TOKENS: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+    x, residual, w0, w1, w2, w3, y0, y1, y2, y3, n0, n1, n2, n3, M, K, x_m,
+    TOKENS: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, ADDED: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
-    """The same for up to TOKENS tokens, rows of W as the left side of tensor core products."""
+    """y = W x for up to TOKENS tokens, rows of W as the left side of tensor core products."""
     w, y, n, rows = _tile(w0, w1, w2, w3, y0, y1, y2, y3, n0, n1, n2, n3, ROWS)
     tokens, columns = tl.arange(0, TOKENS), tl.arange(0, COLUMNS)
     inside, there = (rows < n)[:, None], (tokens < M)[None, :]
     at_w = w + rows.to(tl.int64)[:, None] * K + columns[None, :]
     at_x = x + tokens[None, :] * x_m + columns[:, None]
+    if EARLY:
+        tl.extra.cuda.gdc_launch_dependents()
+        tl.extra.cuda.gdc_wait()
     sums = tl.zeros((ROWS, TOKENS), dtype=tl.float32)
     for start in range(0, K, COLUMNS):
         weights = tl.load(at_w + start, mask=inside, other=0.0, eviction_policy="evict_first")
@@ -103,16 +140,41 @@ def tiles_for(tokens: int, rows: int, columns: int) -> Tiles | None:
     return tiles if columns % tiles.columns == 0 else None
 
 
-def launch(x: torch.Tensor, weights: list[torch.Tensor], tiles: Tiles) -> list[torch.Tensor]:
-    """(T, K) through matrices (N, K), all contiguous along K, to (T, N) each."""
+def launch(
+    x: torch.Tensor, weights: list[torch.Tensor], tiles: Tiles, residual: torch.Tensor | None = None
+) -> list[torch.Tensor]:
+    """(T, K) through matrices (N, K), all contiguous along K, to (T, N) each; one token adds ``residual`` (1, N)."""
     outputs = [x.new_empty(x.shape[0], weight.shape[0]) for weight in weights]
     missing = MAX_WEIGHTS - len(weights)
     sizes = [*(weight.shape[0] for weight in weights), *[0] * missing]
     grid = (sum(-(-size // tiles.rows) for size in sizes),)
     kernel = one_token_kernel if tiles.tokens == 1 else few_tokens_kernel
     kernel[grid](
-        x, *weights, *[weights[0]] * missing, *outputs, *[outputs[0]] * missing, *sizes, x.shape[0], x.shape[1],
-        x.stride(0), TOKENS=tiles.tokens, ROWS=tiles.rows, COLUMNS=tiles.columns, num_warps=tiles.warps,
-        num_stages=tiles.stages,
+        x, x if residual is None else residual, *weights, *[weights[0]] * missing, *outputs, *[outputs[0]] * missing,
+        *sizes, x.shape[0], x.shape[1], x.stride(0), TOKENS=tiles.tokens, ROWS=tiles.rows, COLUMNS=tiles.columns,
+        ADDED=residual is not None, num_warps=tiles.warps, num_stages=tiles.stages, **_early(x.device),
     )  # fmt: skip
     return outputs
+
+
+def launch_gated(x: torch.Tensor, gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor | None:
+    """``silu(gate x) * (up x)`` of one token (1, K), to (1, N); None if the matrices cannot be cut evenly."""
+    rows, columns = gate.shape
+    tiles = tiles_for(1, 2 * rows, columns)
+    if tiles is None:
+        return None
+    output = x.new_empty(1, rows)
+    each = max(tiles.rows // 2, 1)
+    gated_kernel[(-(-rows // each),)](
+        x, gate, up, output, rows, columns, ROWS=each, COLUMNS=tiles.columns, num_warps=tiles.warps,
+        num_stages=tiles.stages, **_early(x.device),
+    )  # fmt: skip
+    return output
+
+
+@cache
+def _early(device: torch.device) -> dict[str, bool]:
+    """Whether a kernel may start while the one before it ends: NVIDIA devices from Hopper on."""
+    if device.type != "cuda" or torch.version.cuda is None or torch.cuda.get_device_capability(device) < (9, 0):
+        return {"EARLY": False}
+    return {"EARLY": True, "launch_pdl": True}

@@ -27,14 +27,53 @@ def like_linears(x: torch.Tensor, weights: list[torch.Tensor]) -> list[torch.Ten
     return [x.new_empty(*x.shape[:-1], weight.shape[0]) for weight in weights]
 
 
-def _by_kernel(x: torch.Tensor, weights: list[torch.Tensor]) -> list[torch.Tensor] | None:
-    if x.device.type != "cuda" or x.dtype not in _DTYPES or not _has_triton():
+def linear_add(x: torch.Tensor, weight: torch.Tensor, residual: torch.Tensor) -> torch.Tensor:
+    """``residual + x W``."""
+    rows, added = x.reshape(-1, x.shape[-1]), residual.reshape(-1, residual.shape[-1])
+    outputs = _by_kernel(rows, [weight], added) if rows.shape[0] == 1 and added.shape[0] == 1 else None
+    if outputs is None:
+        return residual + functional.linear(x, weight)
+    return outputs[0].view(residual.shape)
+
+
+def like_linear_add(x: torch.Tensor, weight: torch.Tensor, residual: torch.Tensor) -> torch.Tensor:
+    """Its shape."""
+    return residual.new_empty(residual.shape)
+
+
+def gated_linear(x: torch.Tensor, gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
+    """``silu(x gate) * (x up)``."""
+    rows = x.reshape(-1, x.shape[-1])
+    output = None
+    if rows.shape[0] == 1 and _suits(rows, [gate, up]):
+        from . import linear_kernels
+
+        output = linear_kernels.launch_gated(rows, gate, up)
+    if output is None:
+        return functional.silu(functional.linear(x, gate)) * functional.linear(x, up)
+    return output.view(*x.shape[:-1], -1)
+
+
+def like_gated_linear(x: torch.Tensor, gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
+    """Its shape."""
+    return x.new_empty(*x.shape[:-1], gate.shape[0])
+
+
+def _by_kernel(
+    x: torch.Tensor, weights: list[torch.Tensor], residual: torch.Tensor | None = None
+) -> list[torch.Tensor] | None:
+    if not _suits(x, weights):
         return None
     from . import linear_kernels
 
     tiles = linear_kernels.tiles_for(x.shape[0], sum(weight.shape[0] for weight in weights), x.shape[1])
+    return None if tiles is None else linear_kernels.launch(x, weights, tiles, residual)
+
+
+def _suits(x: torch.Tensor, weights: list[torch.Tensor]) -> bool:
+    """Whether kernels could read these."""
     plain = all(weight.is_contiguous() and weight.dtype == x.dtype for weight in weights) and x.stride(-1) == 1
-    return linear_kernels.launch(x, weights, tiles) if tiles is not None and plain else None
+    return plain and x.device.type == "cuda" and x.dtype in _DTYPES and _has_triton()
 
 
 @cache

@@ -12,6 +12,7 @@ from torch.fx import GraphModule, Node
 from .linears import MAX_WEIGHTS
 from .ops import operators
 
+_SILU = torch.nn.functional.silu
 _LINEAR = (torch.nn.functional.linear, torch._C._nn.linear)
 
 
@@ -22,16 +23,16 @@ def merge_linears(module: GraphModule, *, alone: bool) -> int:
     """
     graph = module.graph
     _drop_factors_of_one(graph)
-    by_input: dict[Node, list[Node]] = defaultdict(list)
+    made = _fuse_neighbours(graph) if alone else 0
+    by_input: dict[Any, list[Node]] = defaultdict(list)
     for node in graph.nodes:
-        if node.op == "call_function" and node.target in _LINEAR and _is_plain(node):
+        if _is_linear(node):
             by_input[node.args[0]].append(node)
-    made = 0
-    for source, nodes in by_input.items():
+    for nodes in by_input.values():
         for start in range(0, len(nodes), MAX_WEIGHTS):
             some = nodes[start : start + MAX_WEIGHTS]
             if len(some) > 1 or alone:
-                _merge(graph, source, some)
+                _merge(graph, some)
                 made += 1
     if made:
         graph.lint()
@@ -39,7 +40,81 @@ def merge_linears(module: GraphModule, *, alone: bool) -> int:
     return made
 
 
-def _merge(graph: torch.fx.Graph, source: Node, nodes: list[Node]) -> None:
+def _fuse_neighbours(graph: torch.fx.Graph) -> int:
+    """Gated pairs and added residuals, which one token's kernels compute along; how many were found."""
+    made = 0
+    for node in list(graph.nodes):
+        if node.op != "call_function":
+            continue
+        if node.target is operator.mul and (pair := _gated_pair(node)):
+            made += _replace(graph, [node, *node.args], operators().gated_linear.default, pair)
+        elif node.target is operator.add and (added := _added_linear(node)):
+            made += _replace(graph, [node, *node.args], operators().linear_add.default, added)
+    return made
+
+
+def _gated_pair(product: Node) -> tuple[Any, Any, Any] | None:
+    """x, gate's and up's matrix, if ``product`` is ``silu(x gate) * (x up)`` and nobody else reads its parts."""
+    arguments: Any = product.args
+    activated: Any
+    up: Any
+    for activated, up in (arguments, arguments[::-1]):
+        if not (isinstance(activated, Node) and isinstance(up, Node) and activated.target is _SILU):
+            continue
+        gate: Any = activated.args[0]
+        if _is_pair(gate, up) and all(len(part.users) == 1 for part in (activated, up, gate)):
+            return gate.args[0], gate.args[1], up.args[1]
+    return None
+
+
+def _is_pair(one: Any, other: Any) -> bool:
+    """True for two linear layers of one tensor, with as many rows each."""
+    both = _is_linear(one) and _is_linear(other) and one.args[0] is other.args[0]
+    return both and _rows_of_matrix(one) == _rows_of_matrix(other)
+
+
+def _rows_of_matrix(linear: Any) -> int:
+    rows: int = linear.args[1].meta["example_value"].shape[0]
+    return rows
+
+
+def _added_linear(total: Node) -> tuple[Any, Any, Any] | None:
+    """x, matrix and residual, if ``total`` adds a tensor of its own shape to a linear layer nobody else reads."""
+    arguments: Any = total.args
+    product: Any
+    for product, residual in (arguments, arguments[::-1]):
+        if not (isinstance(product, Node) and isinstance(residual, Node) and _is_linear(product)):
+            continue
+        values: list[Any] = [node.meta.get("example_value") for node in (total, residual, product)]
+        tensors = all(isinstance(value, torch.Tensor) for value in values)
+        if tensors and len(product.users) == 1 and len({(v.shape, v.dtype) for v in values}) == 1:
+            return product.args[0], product.args[1], residual
+    return None
+
+
+def _replace(graph: torch.fx.Graph, nodes: list[Any], target: Any, arguments: tuple[Node, ...]) -> int:
+    """One operator for the first of ``nodes``; what only it has read, and what only that has read, goes with it."""
+    with graph.inserting_before(nodes[0]):
+        fused = graph.call_function(target, arguments)
+    fused.meta["example_value"] = nodes[0].meta.get("example_value")
+    nodes[0].replace_all_uses_with(fused)
+    graph.erase_node(nodes[0])
+    for node in nodes[1:]:
+        if _is_linear(node) and not node.users:
+            graph.erase_node(node)
+        elif node.target is _SILU and not node.users:
+            gate = node.args[0]
+            graph.erase_node(node)
+            graph.erase_node(gate)
+    return 1
+
+
+def _is_linear(node: Any) -> bool:
+    return bool(node.op == "call_function" and node.target in _LINEAR and _is_plain(node))
+
+
+def _merge(graph: torch.fx.Graph, nodes: list[Any]) -> None:
+    source = nodes[0].args[0]  # read now: it may be what an earlier merge has made
     with graph.inserting_before(nodes[0]):
         joint = graph.call_function(operators().linears.default, (source, [node.args[1] for node in nodes]))
         parts = [graph.call_function(operator.getitem, (joint, index)) for index in range(len(nodes))]
@@ -51,13 +126,25 @@ def _merge(graph: torch.fx.Graph, source: Node, nodes: list[Node]) -> None:
         graph.erase_node(node)
 
 
-def _is_plain(node: Node) -> bool:
+def _is_plain(node: Any) -> bool:
     """x and a matrix that is an input of the graph (so that it is there from the start), and no bias."""
     if node.kwargs or len(node.args) < 2 or not all(isinstance(arg, Node) for arg in node.args[:2]):
+        return False
+    if any(map(_is_changed, node.args[:2])):
         return False
     bias: Any = node.args[2] if len(node.args) > 2 else None
     weight = node.args[1]
     return bias is None and isinstance(weight, Node) and weight.op in ("placeholder", "get_attr")
+
+
+def _is_changed(node: Any) -> bool:
+    """True if something writes to the tensor: then it matters when it is read."""
+    return any(
+        user.args
+        and user.args[0] is node
+        and (user.target is operator.setitem or (user.op == "call_method" and str(user.target).endswith("_")))
+        for user in node.users
+    )
 
 
 def _drop_factors_of_one(graph: torch.fx.Graph) -> None:

@@ -10,12 +10,13 @@ import torch
 
 from ....cache.staging import stage
 from ....errors import IntegrityError
+from ..attention import PACKED_NAME
 from ..binding import bind
 from ..families import Traits
 from ..ledger import StateLedger
 from ..records import Ready
 from ..scheduler import Step
-from .attention import EXPANDED, NAME, register
+from .attention import EXPANDED, register
 from .building import StepBuilder
 from .cache import PackedCache
 from .choosing import likeliest
@@ -74,12 +75,17 @@ class PackedRunner:
         self._layers = DecoderLayers(model, config.num_hidden_layers, run_layer)
         self._stock_attention = model.config._attn_implementation
         register()
-        model.set_attn_implementation(NAME)
+        model.set_attn_implementation(PACKED_NAME)
         self._graphs: DecodeGraphs | None = None
         if cuda_graphs:
             inputs = DecodeInputs(self._seats, self._builder.state_groups, scheduler.max_num_seqs, self._device)
             buckets = buckets_up_to(scheduler.max_num_seqs)
             self._graphs = DecodeGraphs(self._builder, inputs, self._decode, buckets)
+
+    def warm_up(self) -> None:
+        """Compile and capture now what steps of decodes replay later; no page is touched."""
+        if self._graphs is not None:
+            self._graphs.capture()
 
     def close(self) -> None:
         """Give the model its own attention and its layers back."""
@@ -170,12 +176,12 @@ class PackedRunner:
 
     def _check_attention(self) -> None:
         attention = self._model.config._attn_implementation
-        if attention != NAME:
+        if attention != PACKED_NAME:
             raise IntegrityError(
                 f"the model calls attention {attention!r}, which knows nothing of the cache; an engine that was closed"
-                f" cannot go on, and while one is open the attention must stay {NAME!r}",
+                f" cannot go on, and while one is open the attention must stay {PACKED_NAME!r}",
                 value=attention,
-                expected=NAME,
+                expected=PACKED_NAME,
             )
 
 

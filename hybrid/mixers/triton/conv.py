@@ -9,7 +9,7 @@ from .chunks import chunk_table
 from .kernels.conv import conv_chunk, conv_step
 from .tiles import power_of_two
 
-_TOKENS, _CHANNELS, _WARPS = 16, 128, 4
+_TOKENS, _CHANNELS, _WARPS = 16, 64, 2
 """Tokens (no fewer than a kernel is wide) and channels of a tile, and its warps."""
 _STEP_CHANNELS = 256
 """Channels of one request that a program steps."""

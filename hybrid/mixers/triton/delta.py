@@ -9,8 +9,8 @@ from .chunks import chunk_table
 from .kernels.delta import delta_outputs, delta_prepare, delta_states, delta_step, kda_scan
 from .tiles import Tile, delta_tile, power_of_two, products, step_tile
 
-_WARPS, _CHANNEL_WARPS = 4, 4
-"""Warps that prepare a chunk with one decay per head, or one per channel."""
+_HEADS, _CHANNELS = Tile(rows=0, warps=4), Tile(rows=0, warps=2)
+"""How a chunk is prepared with one decay per head, and with one per channel."""
 
 
 def delta(
@@ -56,9 +56,9 @@ def delta(
         q, k, g, beta, pairs[0], pairs[1], lines[0], lines[1:], chunks,
         size, tokens, scale, *sides, *decays, *pairs.stride()[1:3],
         **shared, **blocks, CHANNELS=channels, NORMALISE=l2norm,
-        EXACT="ieee" if v.dtype == torch.float32 else "tf32x3", num_warps=_CHANNEL_WARPS if channels else _WARPS,
+        EXACT="ieee" if v.dtype == torch.float32 else "tf32x3", **(_CHANNELS if channels else _HEADS).options(v.device),
     )  # fmt: skip
-    options = {"BLOCK_V": scan.rows, **scan.options}
+    options = {"BLOCK_V": scan.rows, **scan.options(v.device)}
     walks = (-(-width // scan.rows), heads, batch.num_requests)
     if channels:
         kda_scan[walks](

@@ -29,26 +29,22 @@ class Mamba2Tiles:
     """Tokens before, whose outputs are added at once."""
     inner: int
     """Part of N that products over it take at once."""
-    pairs: torch.dtype
-    """In which the products of C and B are kept."""
 
 
 def default_tiles(width: int, size: int, dtype: torch.dtype, state_bytes: int) -> Mamba2Tiles:
     """What shapes and dtypes call for."""
     step = step_tile(width, size, state_bytes)
     rows, columns = power_of_two(width, 16), power_of_two(size, 16)
+    wide = min(128, max(rows, 64))
     if dtype == torch.float32:
         tile = Tile(rows=min(32, rows), tokens=32)
-        return Mamba2Tiles(
-            step=step, chunk=32, states=tile, outputs=tile, earlier=32, inner=min(32, columns), pairs=dtype
-        )
+        return Mamba2Tiles(step=step, chunk=32, states=tile, outputs=tile, earlier=32, inner=min(32, columns))
     return Mamba2Tiles(
         step=step,
         chunk=128,
         states=Tile(rows=64, tokens=min(128, columns), warps=4, stages=2),
-        outputs=Tile(rows=min(128, max(rows, 64)), tokens=64, warps=4, stages=3),
+        outputs=Tile(rows=wide, tokens=64, warps=4, stages=3, registers=128 if wide == 64 else 168),
         earlier=32,
-        pairs=dtype,
         inner=min(64, columns),
     )
 
@@ -96,7 +92,7 @@ def mamba2(
     chunks, firsts = chunk_table(batch, length, tokens)
     count = chunks.shape[0]
     steps, totals = torch.empty(2, heads, tokens, dtype=torch.float32, device=x.device)
-    pairs = torch.empty(tokens, groups, length, dtype=tiles.pairs, device=x.device)
+    pairs = torch.empty(tokens, groups, length, dtype=torch.float32, device=x.device)
     before = torch.empty(count, heads, size, width, dtype=x.dtype, device=x.device)
     mamba2_decays[(count, -(-heads // _HEADS))](
         dt, A, dt_bias, steps, totals, chunks, heads, tokens, *limits[:2],
@@ -112,13 +108,13 @@ def mamba2(
         x, B, steps, totals, state, before, *where, firsts, width, size, tokens,
         *x.stride()[:2], *B.stride()[:2], *state.stride(), *before.stride()[:3], **shared,
         BLOCK_P=tile.rows, BLOCK_N=tile.tokens, BLOCK_L=length, **products(x.dtype),
-        **tile.options,
+        **tile.options(x.device),
     )  # fmt: skip
     tile = tiles.outputs
     mamba2_outputs[(-(-width // tile.rows) * -(-length // tile.tokens), heads, count)](
         x, C, D, z, steps, totals, pairs, before, out, batch.slots, batch.fresh, chunks, width, size, tokens,
         *x.stride()[:2], *C.stride()[:2], *pairs.stride()[:2], *skips, *gates, *before.stride()[:3], *out.stride()[:2],
         **shared, **extras, BLOCK_P=tile.rows, BLOCK_N=tiles.inner, BLOCK_T=tile.tokens, BLOCK_J=tiles.earlier,
-        BLOCK_L=length, **products(x.dtype), **tile.options,
+        BLOCK_L=length, **products(x.dtype), **tile.options(x.device),
     )  # fmt: skip
     return out

@@ -25,12 +25,11 @@ class Tile:
     warps: int = 4
     stages: int = 1
     registers: int | None = None
-    """Most registers a thread may have, so that more programs run beside each other; CUDA only."""
+    """Most registers that a thread may have on CUDA, so that more programs run beside each other."""
 
-    @property
-    def options(self) -> dict[str, int]:
-        """How a launch says it."""
-        limit = {} if self.registers is None else {"maxnreg": self.registers}
+    def options(self, device: torch.device) -> dict[str, int]:
+        """How a launch on ``device`` says it."""
+        limit = {"maxnreg": self.registers} if self.registers is not None and device.type == "cuda" else {}
         return {"num_warps": self.warps, "num_stages": self.stages, **limit}
 
 

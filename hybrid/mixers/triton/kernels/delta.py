@@ -146,18 +146,18 @@ def delta_prepare(
         total = tl.cumsum(tl.load(g + (start + t) * g_t + head * g_h, mask=valid, other=0.0).to(tl.float32), 0)
         gap = tl.exp(tl.minimum(total[:, None] - total[None, :], 0.0)) * k_length[None, :]
         across = tl.trans(key.to(OPERAND))
-        alike = tl.dot(key.to(OPERAND), across, input_precision=PRECISION) * gap * k_length[:, None]
         seen = tl.dot(query.to(OPERAND), across, input_precision=PRECISION) * gap * q_length[:, None]
+        alike = tl.dot(key.to(OPERAND), across, input_precision=PRECISION) * gap * k_length[:, None]
         line = head.to(tl.int64) * num_tokens + start + t
         tl.store(totals + line, total, mask=valid)
         tl.store(lengths + line, k_length, mask=valid)
         tl.store(lengths + tl.num_programs(1).to(tl.int64) * num_tokens + line, q_length, mask=valid)
-    alike = tl.where(t[:, None] > t[None, :], alike * amount[:, None], 0.0)
-    seen = tl.where(t[:, None] >= t[None, :], seen, 0.0)
     pairs = (start + t[:, None]) * pair_t + head * pair_h + t[None, :]
+    seen = tl.where(t[:, None] >= t[None, :], seen, 0.0)
+    tl.store(weights + pairs, seen.to(weights.dtype.element_ty), mask=valid[:, None])
+    alike = tl.where(t[:, None] > t[None, :], alike * amount[:, None], 0.0)
     inverse = unit_lower_inverse(alike, BLOCK_L, EXACT)
     tl.store(inverses + pairs, inverse.to(inverses.dtype.element_ty), mask=valid[:, None])
-    tl.store(weights + pairs, seen.to(weights.dtype.element_ty), mask=valid[:, None])
 
 
 @triton.jit
