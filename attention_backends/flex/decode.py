@@ -118,17 +118,16 @@ class RowBuffers:
             num_warps=4,
         )
         position, seq_len, request = self.facts[:3, :rows].unbind()
-        shift = self.facts[5, :rows] if self._one_masked(plan) else None
-        facts = RowFacts(position, seq_len, request, self.places, shift)
+        ragged = (self.facts[5, :rows], self.facts[6, :rows]) if self._one_ragged(plan) else None
+        facts = RowFacts(position, seq_len, request, self.places, ragged)
         lists = BlockLists(self.counts[1, :rows], masked, self.counts[0, :rows], whole, facts)
         mark_rows(lists)
         return DecodeRows(plan, lists, self.facts, self.unit_rows)
 
-    def _one_masked(self, plan: DecodePlan) -> bool:
-        """Whether a row has one masked block at most: single causal queries over all that went before."""
-        kind, order = self.kind, self.settings.order
-        small = order is None or max(order) <= self.settings.kernel_block_size
-        return plan.length == 1 and small and kind.causal and kind.window is None and not kind.all_masked
+    def _one_ragged(self, plan: DecodePlan) -> bool:
+        """Whether only a row's last masked block is ragged: single causal queries over all that went before."""
+        kind = self.kind
+        return plan.length == 1 and kind.causal and kind.window is None and not kind.all_masked
 
     def _views(self, rows: int) -> tuple[torch.Tensor, torch.Tensor]:
         """(R, 1, 1, C) of whole and of masked blocks, side by side in each row: both walk with the same strides."""
@@ -198,7 +197,7 @@ def attend_rows(
     direct = plan.whole_step and plan.rows == plan.units and call.sinks is None
     packed = query.view(plan.units, settings.num_kv_heads, group, -1) if direct else _pack(query, rows, settings)
     torch._dynamo.mark_dynamic(packed, 0)
-    mask, score = modifiers(rows.lists.facts, cache, call, group)
+    mask, score = modifiers(rows.lists.facts, cache, call, group, settings.kernel_block_size)
     out, lse = flex(
         packed,
         cache.key,

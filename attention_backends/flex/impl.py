@@ -207,7 +207,7 @@ class FlexAttention(AttentionImpl):
         if settings.fused:
             mark_rows(lists)
             torch._dynamo.mark_dynamic(rows, 0)
-        mask, score = modifiers(lists.facts, cache, call, 1)
+        mask, score = modifiers(lists.facts, cache, call, 1, settings.kernel_block_size)
         blocks = (settings.mask_query_block, settings.kernel_block_size)
         with_sinks, scale = call.sinks is not None, call.scale * call.key_scale
         out, lse = self._flex(rows, cache.key, cache.value, lists, mask, score, blocks, scale, options, with_sinks)
