@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from typing import Any
+from weakref import ReferenceType, ref
 
 import torch
 
@@ -35,7 +36,7 @@ class Kind:
     all_masked: bool
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, weakref_slot=True)
 class DecodeRows:
     """A plan's rows on the device."""
 
@@ -160,22 +161,31 @@ class RowBuffers:
             )
 
 
-class RowRing:
-    """The buffers of one kind for :data:`IN_FLIGHT` steps, used in turn."""
+class RowPool:
+    """The buffers of one kind: :data:`IN_FLIGHT` from the start, more if more steps or layer groups are alive at once.
+
+    Buffers are free again once their rows are: what is queued on the device with them comes before what follows.
+    """
 
     def __init__(self, settings: FlexSettings, kind: Kind, device: torch.device) -> None:
+        self._settings, self._kind, self._device = settings, kind, device
         self._buffers = [RowBuffers(settings, kind, device) for _ in range(IN_FLIGHT)]
-        self._turn = 0
+        self._users: list[ReferenceType[DecodeRows] | None] = [None] * IN_FLIGHT
 
     @property
     def nbytes(self) -> int:
         """Bytes on the device."""
         return sum(buffers.nbytes for buffers in self._buffers)
 
-    def next(self) -> RowBuffers:
-        """The buffers of the next step."""
-        self._turn = (self._turn + 1) % len(self._buffers)
-        return self._buffers[self._turn]
+    def fill(self, plan: DecodePlan, step: StepMetadata) -> DecodeRows:
+        """The rows of ``plan`` in buffers that nobody uses."""
+        free = next((i for i, user in enumerate(self._users) if user is None or user() is None), len(self._users))
+        if free == len(self._users):
+            self._buffers.append(RowBuffers(self._settings, self._kind, self._device))
+            self._users.append(None)
+        rows = self._buffers[free].fill(plan, step)
+        self._users[free] = ref(rows)
+        return rows
 
 
 def attend_rows(
