@@ -80,7 +80,7 @@ class Gated(torch.nn.Module):
 
 
 @pytest.mark.parametrize("alone", [False, True])
-def test_gated_pairs_and_residuals_are_computed_along_for_one_token(alone):
+def test_residuals_are_added_along_for_one_token(alone):
     torch._dynamo.reset()
     made = []
 
@@ -91,9 +91,8 @@ def test_gated_pairs_and_residuals_are_computed_along_for_one_token(alone):
 
     module, x = Gated(), torch.randn(1, 8)
     torch.testing.assert_close(torch.compile(module, backend=backend, fullgraph=True)(x), module(x))
-    assert made == (
-        ["makeready.gated_linear.default", "makeready.linear_add.default"] if alone else ["makeready.linears.default"]
-    )
+    expected = ["makeready.linears.default", "makeready.linear_add.default"]
+    assert made == (expected if alone else expected[:1])
 
 
 def test_a_tensor_that_is_written_to_is_read_where_it_was():
@@ -143,21 +142,17 @@ def test_kernels_compute_what_linear_does(tokens, rows, columns):
 
 
 @kernels
-@pytest.mark.parametrize(("rows", "columns"), [(40, 512), (100, 1536), (33, 1024)])
-def test_kernels_of_one_token_add_residuals_and_gate(rows, columns):
+@pytest.mark.parametrize(("rows", "columns"), [(40, 512), (100, 1536), (33, 1024), (6001, 512)])
+def test_kernels_of_one_token_add_residuals(rows, columns):
     from makeready.engines.transformers.packed import linear_kernels
 
     x = torch.randn(1, columns, dtype=DTYPE, device=HERE)
-    gate, up = (torch.randn(rows, columns, dtype=DTYPE, device=HERE) / columns**0.5 for _ in range(2))
+    weight = torch.randn(rows, columns, dtype=DTYPE, device=HERE) / columns**0.5
     residual = torch.randn(1, rows, dtype=DTYPE, device=HERE)
-    products = [x.float() @ weight.float().T for weight in (gate, up)]
     tiles = linear_kernels.tiles_for(1, rows, columns)
-    added = linear_kernels.launch(x, [up], tiles, residual)[0].float()
-    expected = residual.float() + products[1]
+    added = linear_kernels.launch(x, [weight], tiles, residual)[0].float()
+    expected = residual.float() + x.float() @ weight.float().T
     assert (added - expected).norm() / expected.norm() < 1e-2
-    gated = linear_kernels.launch_gated(x, gate, up).float()
-    expected = torch.nn.functional.silu(products[0]) * products[1]
-    assert (gated - expected).norm() / expected.norm() < 1e-2
 
 
 def test_large_matrices_and_many_tokens_have_their_own_ways():

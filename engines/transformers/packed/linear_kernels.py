@@ -37,11 +37,11 @@ def _tile(w0, w1, w2, w3, y0, y1, y2, y3, n0, n1, n2, n3, ROWS: tl.constexpr):
 def one_token_kernel(
     x, residual, w0, w1, w2, w3, y0, y1, y2, y3, n0, n1, n2, n3, M, K, x_m,
     TOKENS: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, ADDED: tl.constexpr, EARLY: tl.constexpr,
+    UNROLLED: tl.constexpr,
 ):  # fmt: skip
     """y = W x for one token, plus ``residual`` if ADDED.
 
-    Products are summed per column in float32: the full width of the loads, and no tensor cores. More loads under way
-    per program, by hand, were slower: programs are many, and each one small.
+    Products are summed per column in float32: the full width of the loads, and no tensor cores.
     """
     w, y, n, rows = _tile(w0, w1, w2, w3, y0, y1, y2, y3, n0, n1, n2, n3, ROWS)
     columns = tl.arange(0, COLUMNS)
@@ -51,7 +51,7 @@ def one_token_kernel(
     if EARLY:
         tl.extra.cuda.gdc_launch_dependents()
         tl.extra.cuda.gdc_wait()
-    for start in range(0, K, COLUMNS):
+    for start in tl.range(0, K, COLUMNS, loop_unroll_factor=UNROLLED):
         weights = tl.load(at + start, mask=inside, other=0.0, eviction_policy="evict_first").to(tl.float32)
         sums += weights * tl.load(x + start + columns).to(tl.float32)[None, :]
     total = tl.sum(sums, 1).to(y.dtype.element_ty)
@@ -61,34 +61,10 @@ def one_token_kernel(
 
 
 @triton.jit
-def gated_kernel(x, gate, up, y, N, K, ROWS: tl.constexpr, COLUMNS: tl.constexpr, EARLY: tl.constexpr):
-    """y = silu(gate x) * (up x) for one token, each rounded as its own operation would be."""
-    rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
-    inside = (rows < N)[:, None]
-    columns = tl.arange(0, COLUMNS)
-    at = rows.to(tl.int64)[:, None] * K + columns[None, :]
-    gate_sums = tl.zeros((ROWS, COLUMNS), dtype=tl.float32)
-    up_sums = tl.zeros((ROWS, COLUMNS), dtype=tl.float32)
-    if EARLY:
-        tl.extra.cuda.gdc_launch_dependents()
-        tl.extra.cuda.gdc_wait()
-    for start in range(0, K, COLUMNS):
-        token = tl.load(x + start + columns).to(tl.float32)[None, :]
-        gates = tl.load(gate + at + start, mask=inside, other=0.0, eviction_policy="evict_first")
-        ups = tl.load(up + at + start, mask=inside, other=0.0, eviction_policy="evict_first")
-        gate_sums += gates.to(tl.float32) * token
-        up_sums += ups.to(tl.float32) * token
-    dtype = y.dtype.element_ty
-    gated = tl.sum(gate_sums, 1).to(dtype).to(tl.float32)
-    gated = (gated * tl.sigmoid(gated)).to(dtype).to(tl.float32)
-    product = tl.sum(up_sums, 1).to(dtype).to(tl.float32) * gated
-    tl.store(y + rows, product.to(dtype), mask=rows < N)
-
-
-@triton.jit
 def few_tokens_kernel(
     x, residual, w0, w1, w2, w3, y0, y1, y2, y3, n0, n1, n2, n3, M, K, x_m,
     TOKENS: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, ADDED: tl.constexpr, EARLY: tl.constexpr,
+    UNROLLED: tl.constexpr,
 ):  # fmt: skip
     """y = W x for up to TOKENS tokens, rows of W as the left side of tensor core products."""
     w, y, n, rows = _tile(w0, w1, w2, w3, y0, y1, y2, y3, n0, n1, n2, n3, ROWS)
@@ -115,6 +91,7 @@ class Tiles:
     columns: int
     warps: int
     stages: int
+    unrolled: int = 1
 
 
 def tiles_for(tokens: int, rows: int, columns: int) -> Tiles | None:
@@ -123,14 +100,10 @@ def tiles_for(tokens: int, rows: int, columns: int) -> Tiles | None:
     Measured at 1, 8, 32 and 64 tokens, 2,048 to 24,576 rows, 1,536 to 12,288 columns (benchmarks/LOG.md, launch).
     """
     if tokens == 1:
-        if rows >= 16384:
-            tiles = Tiles(1, 16, 256, 4, 3)
-        elif rows >= 6000:
-            tiles = Tiles(1, 8, 256, 4, 3)
-        elif columns % 1024 == 0:
-            tiles = Tiles(1, 8, 1024, 8, 3)
+        if rows >= 6000:
+            tiles = Tiles(1, 8, 512, 4, 3, unrolled=2)
         else:
-            tiles = Tiles(1, 8, 512, 4, 3)
+            tiles = Tiles(1, 8, 1024, 8, 3) if columns % 1024 == 0 else Tiles(1, 8, 512, 4, 3)
     elif tokens <= 32:
         tiles = Tiles(16 if tokens <= 16 else 32, 64, 128, 4, 4)
     elif tokens <= 64:
@@ -152,24 +125,10 @@ def launch(
     kernel[grid](
         x, x if residual is None else residual, *weights, *[weights[0]] * missing, *outputs, *[outputs[0]] * missing,
         *sizes, x.shape[0], x.shape[1], x.stride(0), TOKENS=tiles.tokens, ROWS=tiles.rows, COLUMNS=tiles.columns,
-        ADDED=residual is not None, num_warps=tiles.warps, num_stages=tiles.stages, **_early(x.device),
+        ADDED=residual is not None, UNROLLED=tiles.unrolled, num_warps=tiles.warps, num_stages=tiles.stages,
+        **_early(x.device),
     )  # fmt: skip
     return outputs
-
-
-def launch_gated(x: torch.Tensor, gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor | None:
-    """``silu(gate x) * (up x)`` of one token (1, K), to (1, N); None if the matrices cannot be cut evenly."""
-    rows, columns = gate.shape
-    tiles = tiles_for(1, 2 * rows, columns)
-    if tiles is None:
-        return None
-    output = x.new_empty(1, rows)
-    each = max(tiles.rows // 2, 1)
-    gated_kernel[(-(-rows // each),)](
-        x, gate, up, output, rows, columns, ROWS=each, COLUMNS=tiles.columns, num_warps=tiles.warps,
-        num_stages=tiles.stages, **_early(x.device),
-    )  # fmt: skip
-    return output
 
 
 @cache

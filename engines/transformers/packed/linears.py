@@ -41,24 +41,6 @@ def like_linear_add(x: torch.Tensor, weight: torch.Tensor, residual: torch.Tenso
     return residual.new_empty(residual.shape)
 
 
-def gated_linear(x: torch.Tensor, gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
-    """``silu(x gate) * (x up)``."""
-    rows = x.reshape(-1, x.shape[-1])
-    output = None
-    if rows.shape[0] == 1 and _suits(rows, [gate, up]):
-        from . import linear_kernels
-
-        output = linear_kernels.launch_gated(rows, gate, up)
-    if output is None:
-        return functional.silu(functional.linear(x, gate)) * functional.linear(x, up)
-    return output.view(*x.shape[:-1], -1)
-
-
-def like_gated_linear(x: torch.Tensor, gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
-    """Its shape."""
-    return x.new_empty(*x.shape[:-1], gate.shape[0])
-
-
 def _by_kernel(
     x: torch.Tensor, weights: list[torch.Tensor], residual: torch.Tensor | None = None
 ) -> list[torch.Tensor] | None:

@@ -12,7 +12,6 @@ from torch.fx import GraphModule, Node
 from .linears import MAX_WEIGHTS
 from .ops import operators
 
-_SILU = torch.nn.functional.silu
 _LINEAR = (torch.nn.functional.linear, torch._C._nn.linear)
 
 
@@ -23,7 +22,7 @@ def merge_linears(module: GraphModule, *, alone: bool) -> int:
     """
     graph = module.graph
     _drop_factors_of_one(graph)
-    made = _fuse_neighbours(graph) if alone else 0
+    made = _fuse_residuals(graph) if alone else 0
     by_input: dict[Any, list[Node]] = defaultdict(list)
     for node in graph.nodes:
         if _is_linear(node):
@@ -40,42 +39,13 @@ def merge_linears(module: GraphModule, *, alone: bool) -> int:
     return made
 
 
-def _fuse_neighbours(graph: torch.fx.Graph) -> int:
-    """Gated pairs and added residuals, which one token's kernels compute along; how many were found."""
+def _fuse_residuals(graph: torch.fx.Graph) -> int:
+    """Residuals, which one token's kernels add along; how many were found."""
     made = 0
     for node in list(graph.nodes):
-        if node.op != "call_function":
-            continue
-        if node.target is operator.mul and (pair := _gated_pair(node)):
-            made += _replace(graph, [node, *node.args], operators().gated_linear.default, pair)
-        elif node.target is operator.add and (added := _added_linear(node)):
+        if node.op == "call_function" and node.target is operator.add and (added := _added_linear(node)):
             made += _replace(graph, [node, *node.args], operators().linear_add.default, added)
     return made
-
-
-def _gated_pair(product: Node) -> tuple[Any, Any, Any] | None:
-    """x, gate's and up's matrix, if ``product`` is ``silu(x gate) * (x up)`` and nobody else reads its parts."""
-    arguments: Any = product.args
-    activated: Any
-    up: Any
-    for activated, up in (arguments, arguments[::-1]):
-        if not (isinstance(activated, Node) and isinstance(up, Node) and activated.target is _SILU):
-            continue
-        gate: Any = activated.args[0]
-        if _is_pair(gate, up) and all(len(part.users) == 1 for part in (activated, up, gate)):
-            return gate.args[0], gate.args[1], up.args[1]
-    return None
-
-
-def _is_pair(one: Any, other: Any) -> bool:
-    """True for two linear layers of one tensor, with as many rows each."""
-    both = _is_linear(one) and _is_linear(other) and one.args[0] is other.args[0]
-    return both and _rows_of_matrix(one) == _rows_of_matrix(other)
-
-
-def _rows_of_matrix(linear: Any) -> int:
-    rows: int = linear.args[1].meta["example_value"].shape[0]
-    return rows
 
 
 def _added_linear(total: Node) -> tuple[Any, Any, Any] | None:
@@ -93,7 +63,7 @@ def _added_linear(total: Node) -> tuple[Any, Any, Any] | None:
 
 
 def _replace(graph: torch.fx.Graph, nodes: list[Any], target: Any, arguments: tuple[Node, ...]) -> int:
-    """One operator for the first of ``nodes``; what only it has read, and what only that has read, goes with it."""
+    """One operator for the first of ``nodes``; a linear layer that only it has read goes with it."""
     with graph.inserting_before(nodes[0]):
         fused = graph.call_function(target, arguments)
     fused.meta["example_value"] = nodes[0].meta.get("example_value")
@@ -102,10 +72,6 @@ def _replace(graph: torch.fx.Graph, nodes: list[Any], target: Any, arguments: tu
     for node in nodes[1:]:
         if _is_linear(node) and not node.users:
             graph.erase_node(node)
-        elif node.target is _SILU and not node.users:
-            gate = node.args[0]
-            graph.erase_node(node)
-            graph.erase_node(gate)
     return 1
 
 

@@ -16,7 +16,7 @@ from ....attention_backends.interface import AttentionCall
 from ....cache.write import write_kv
 from ....errors import BackendError
 from .context import ForwardContext, running
-from .linears import gated_linear, like_gated_linear, like_linear_add, like_linears, linear_add, linears
+from .linears import like_linear_add, like_linears, linear_add, linears
 
 _NAMESPACE = "makeready"
 NO_LIMIT = (0.0, math.inf)
@@ -31,7 +31,6 @@ _SCHEMAS = {
     "gated_delta": "(Tensor q, Tensor k, Tensor v, Tensor g, Tensor beta, bool l2norm, float? scale) -> Tensor",
     "linears": "(Tensor x, Tensor[] weights) -> Tensor[]",
     "linear_add": "(Tensor x, Tensor weight, Tensor residual) -> Tensor",
-    "gated_linear": "(Tensor x, Tensor gate, Tensor up) -> Tensor",
     "kda": "(Tensor q, Tensor k, Tensor v, Tensor g, Tensor beta, bool l2norm, float? scale) -> Tensor",
 }
 
@@ -49,7 +48,6 @@ def operators() -> Any:
         "kda": (_kda, _like_value),
         "linears": (linears, like_linears),
         "linear_add": (linear_add, like_linear_add),
-        "gated_linear": (gated_linear, like_gated_linear),
     }
     for name, (run, shape) in implementations.items():
         library.define(name + _SCHEMAS[name])
