@@ -23,10 +23,10 @@ launch: $(VENV)/.engine  ## generate text with the small hybrid model that comes
 	@$(BIN)/makeready launch $(ARGS)
 
 test: $(VENV)/.dev  ## run the whole test-suite
-	$(BIN)/python -m pytest $(ARGS)
+	$(BIN)/python -m pytest -n auto --dist loadfile $(ARGS)
 
 test-oldest: $(OLDEST)/.dev  ## run the engine's tests with the oldest transformers that is served
-	$(OLDEST)/bin/python -m pytest $(ENGINE_TESTS) $(ARGS)
+	$(OLDEST)/bin/python -m pytest -n auto --dist loadfile $(ENGINE_TESTS) $(ARGS)
 
 test-ipex: $(IPEX)/.dev $(TYPING)/makeready  ## run the tests of Intel's extension, in an environment of its own (1 GB to fetch)
 	PYTHONPATH=$(TYPING) $(IPEX)/bin/python -m pytest $(wildcard tests/test_flash_ipex*.py) $(ARGS)
@@ -60,7 +60,7 @@ $(VENV)/.dev: $(VENV)/.engine
 $(OLDEST)/.dev: pyproject.toml constraints-oldest.txt
 	@echo "installing makeready with the oldest transformers into $(OLDEST) (this is done once) ..."
 	@test -x $(OLDEST)/bin/python || $(PYTHON) -m venv $(OLDEST)
-	@$(OLDEST)/bin/python -m pip install $(PIP_OPTIONS) -e '.[engine]' pytest hypothesis -c constraints-oldest.txt
+	@$(OLDEST)/bin/python -m pip install $(PIP_OPTIONS) -e '.[engine]' pytest pytest-xdist hypothesis -c constraints-oldest.txt
 	@touch $@
 
 $(IPEX)/.dev: tools/ipex_environment.py

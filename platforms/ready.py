@@ -236,7 +236,7 @@ def _build(
                     sinks=ask.sinks,
                     encoder_only=ask.encoder_only,
                     layout=layout.order,
-                    block_size=plan.block_size,
+                    block_size=plan.decision.block_size_of(spec),
                     kernel_block_size=plan.decision.kernel_block_sizes[backend.name],
                     num_blocks=layout.num_blocks,
                     max_num_seqs=config.scheduler.max_num_seqs,

@@ -14,7 +14,7 @@ def test_the_cuda_path_in_the_interpreter():
     tests = Path(__file__).parent
     environment = {**os.environ, "TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
     done = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", str(tests / "test_flex_fused.py")],
+        [sys.executable, "-m", "pytest", "-x", "-p", "no:cacheprovider", str(tests / "test_flex_fused.py")],
         cwd=tests.parent,
         env=environment,
         capture_output=True,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from typing import Any
+from weakref import ReferenceType, ref
 
 import torch
 
@@ -35,7 +36,7 @@ class Kind:
     all_masked: bool
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, weakref_slot=True)
 class DecodeRows:
     """A plan's rows on the device."""
 
@@ -118,17 +119,16 @@ class RowBuffers:
             num_warps=4,
         )
         position, seq_len, request = self.facts[:3, :rows].unbind()
-        shift = self.facts[5, :rows] if self._one_masked(plan) else None
-        facts = RowFacts(position, seq_len, request, self.places, shift)
+        ragged = (self.facts[5, :rows], self.facts[6, :rows]) if self._one_ragged(plan) else None
+        facts = RowFacts(position, seq_len, request, self.places, ragged)
         lists = BlockLists(self.counts[1, :rows], masked, self.counts[0, :rows], whole, facts)
         mark_rows(lists)
         return DecodeRows(plan, lists, self.facts, self.unit_rows)
 
-    def _one_masked(self, plan: DecodePlan) -> bool:
-        """Whether a row has one masked block at most: single causal queries over all that went before."""
-        kind, order = self.kind, self.settings.order
-        small = order is None or max(order) <= self.settings.kernel_block_size
-        return plan.length == 1 and small and kind.causal and kind.window is None and not kind.all_masked
+    def _one_ragged(self, plan: DecodePlan) -> bool:
+        """Whether only a row's last masked block is ragged: single causal queries over all that went before."""
+        kind = self.kind
+        return plan.length == 1 and kind.causal and kind.window is None and not kind.all_masked
 
     def _views(self, rows: int) -> tuple[torch.Tensor, torch.Tensor]:
         """(R, 1, 1, C) of whole and of masked blocks, side by side in each row: both walk with the same strides."""
@@ -161,22 +161,31 @@ class RowBuffers:
             )
 
 
-class RowRing:
-    """The buffers of one kind for :data:`IN_FLIGHT` steps, used in turn."""
+class RowPool:
+    """The buffers of one kind: :data:`IN_FLIGHT` from the start, more if more steps or layer groups are alive at once.
+
+    Buffers are free again once their rows are: what is queued on the device with them comes before what follows.
+    """
 
     def __init__(self, settings: FlexSettings, kind: Kind, device: torch.device) -> None:
+        self._settings, self._kind, self._device = settings, kind, device
         self._buffers = [RowBuffers(settings, kind, device) for _ in range(IN_FLIGHT)]
-        self._turn = 0
+        self._users: list[ReferenceType[DecodeRows] | None] = [None] * IN_FLIGHT
 
     @property
     def nbytes(self) -> int:
         """Bytes on the device."""
         return sum(buffers.nbytes for buffers in self._buffers)
 
-    def next(self) -> RowBuffers:
-        """The buffers of the next step."""
-        self._turn = (self._turn + 1) % len(self._buffers)
-        return self._buffers[self._turn]
+    def fill(self, plan: DecodePlan, step: StepMetadata) -> DecodeRows:
+        """The rows of ``plan`` in buffers that nobody uses."""
+        free = next((i for i, user in enumerate(self._users) if user is None or user() is None), len(self._users))
+        if free == len(self._users):
+            self._buffers.append(RowBuffers(self._settings, self._kind, self._device))
+            self._users.append(None)
+        rows = self._buffers[free].fill(plan, step)
+        self._users[free] = ref(rows)
+        return rows
 
 
 def attend_rows(
@@ -198,7 +207,7 @@ def attend_rows(
     direct = plan.whole_step and plan.rows == plan.units and call.sinks is None
     packed = query.view(plan.units, settings.num_kv_heads, group, -1) if direct else _pack(query, rows, settings)
     torch._dynamo.mark_dynamic(packed, 0)
-    mask, score = modifiers(rows.lists.facts, cache, call, group)
+    mask, score = modifiers(rows.lists.facts, cache, call, group, settings.kernel_block_size)
     out, lse = flex(
         packed,
         cache.key,

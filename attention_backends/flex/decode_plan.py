@@ -64,7 +64,8 @@ def decode_rows(units: int, longest: int, settings: FlexSettings) -> int:
     fill = programs >= MANY_PROGRAMS or (settings.kernel_block_size > 16 and fills_once(units, settings))
     if settings.batch_invariant or (fill and row_bytes <= LONGEST_ROW_BYTES):
         return max(units, FEWEST_ROWS)
-    return max(units + settings.extra_rows, FEWEST_ROWS)
+    # Rows that stay empty cost: as many as fill the device, and half of that where the batch alone has them.
+    return max(settings.extra_rows, units + -(-settings.extra_rows // 2), FEWEST_ROWS)
 
 
 def fills_once(units: int, settings: FlexSettings) -> bool:

@@ -24,7 +24,7 @@ from .settings import FlexSettings
 from .views import FlatCache, flatten
 
 if TYPE_CHECKING:
-    from .decode import DecodeRows, Kind, RowRing
+    from .decode import DecodeRows, Kind, RowPool
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,7 +56,7 @@ class FlexAttention(AttentionImpl):
         self.settings = settings
         self.capturable = settings.fused
         self._flex = CompiledFlex(variant_limit)
-        self._rings: dict[Kind, RowRing] = {}
+        self._pools: dict[Kind, RowPool] = {}
 
     @property
     def compile_count(self) -> int:
@@ -66,10 +66,10 @@ class FlexAttention(AttentionImpl):
     @property
     def buffer_bytes(self) -> int:
         """Bytes of the persistent buffers, of all kinds of layer seen so far."""
-        return sum(ring.nbytes for ring in self._rings.values())
+        return sum(pool.nbytes for pool in self._pools.values())
 
     def prepare(self, step: StepMetadata) -> FlexMetadata:
-        """Rows of the step, and on CUDA the block lists of every kind of layer seen so far."""
+        """Rows of the step, and on CUDA, if one kind of layer is all there is, its block lists."""
         if step.block_size != self.settings.block_size:
             raise BackendError(
                 f"flex was built for blocks of {self.settings.block_size} tokens, and the step's have "
@@ -81,9 +81,10 @@ class FlexAttention(AttentionImpl):
         if not self.settings.fused:
             return _paged(step, self.settings)
         metadata = self._plan(step)
-        if metadata.decode is not None:
-            for kind, ring in self._rings.items():
-                metadata.rows[kind] = ring.next().fill(metadata.decode, step)
+        if metadata.decode is not None and len(self._pools) == 1:
+            # Of several kinds this step may need one only; its first layer then asks.
+            ((kind, pool),) = self._pools.items()
+            metadata.rows[kind] = pool.fill(metadata.decode, step)
         return metadata
 
     def forward(
@@ -175,13 +176,14 @@ class FlexAttention(AttentionImpl):
         call: AttentionCall,
         output: torch.Tensor | None,
     ) -> torch.Tensor:
-        from .decode import Kind, RowRing, attend_rows
+        from .decode import Kind, RowPool, attend_rows
 
         assert metadata.decode is not None
         kind = Kind(cache.block_stride, cache.num_blocks, call.causal, call.sliding_window, call.mask_mod is not None)
         if kind not in metadata.rows:
-            ring = self._rings.setdefault(kind, RowRing(self.settings, kind, query.device))
-            metadata.rows[kind] = ring.next().fill(metadata.decode, metadata.step)
+            if kind not in self._pools:
+                self._pools[kind] = RowPool(self.settings, kind, query.device)
+            metadata.rows[kind] = self._pools[kind].fill(metadata.decode, metadata.step)
         return attend_rows(self._flex, query, cache, metadata.rows[kind], self.settings, call, output)
 
     def _batch(
@@ -207,7 +209,7 @@ class FlexAttention(AttentionImpl):
         if settings.fused:
             mark_rows(lists)
             torch._dynamo.mark_dynamic(rows, 0)
-        mask, score = modifiers(lists.facts, cache, call, 1)
+        mask, score = modifiers(lists.facts, cache, call, 1, settings.kernel_block_size)
         blocks = (settings.mask_query_block, settings.kernel_block_size)
         with_sinks, scale = call.sinks is not None, call.scale * call.key_scale
         out, lse = self._flex(rows, cache.key, cache.value, lists, mask, score, blocks, scale, options, with_sinks)

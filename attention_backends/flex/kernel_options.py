@@ -25,7 +25,8 @@ def decode_options(
     """
     size, width = settings.head_size, settings.element_bytes
     if settings.batch_invariant:
-        return _invariant(settings, size, width)
+        options = _invariant(settings, size, width, prefill=False)
+        return options | {"USE_TMA": options["USE_TMA"] or wide}
     tile = decode_tile(size, width, settings.kernel_block_size, split=split, wave=wave)
     rows = max(tile.block_m, 1 << (queries - 1).bit_length())
     return _options(tile, settings, min(rows, settings.mask_query_block), wide=wide)
@@ -52,7 +53,7 @@ def page_options(settings: FlexSettings, row_length: int, head_size: int, elemen
     if settings.on_cpu:
         return dict(CPU_OPTIONS)
     if settings.batch_invariant:
-        return _invariant(settings, head_size, element_bytes)
+        return _invariant(settings, head_size, element_bytes, prefill=True)
     large = head_size > 128
     rows, columns = (32, 32) if element_bytes == 4 else (64, 64)
     rows, columns = (rows // 2, columns // 2) if large else (rows, columns)
@@ -60,9 +61,10 @@ def page_options(settings: FlexSettings, row_length: int, head_size: int, elemen
     return _options(tile, settings, min(rows, settings.mask_query_block, max(16, row_length)))
 
 
-def _invariant(settings: FlexSettings, head_size: int, element_bytes: int) -> dict[str, Any]:
+def _invariant(settings: FlexSettings, head_size: int, element_bytes: int, *, prefill: bool) -> dict[str, Any]:
+    kernel_block, query_block = settings.kernel_block_size, settings.mask_query_block
     return invariant_options(
-        settings.device, head_size, element_bytes, settings.kernel_block_size, settings.mask_query_block, settings
+        settings.device, head_size, element_bytes, kernel_block, query_block, settings, prefill=prefill
     )
 
 
@@ -73,10 +75,13 @@ def invariant_options(
     kernel_block: int,
     query_block: int,
     config: AttentionConfig | FlexSettings,
+    *,
+    prefill: bool = True,
 ) -> dict[str, Any]:
     """The options of every query under batch invariance, and of the training pass that has the same bits.
 
     :param config: whose tiles go before those of the table.
+    :param prefill: for long queries; what differs changes no bits.
     """
     if device.device_type == "cpu":
         return dict(CPU_OPTIONS)
@@ -85,7 +90,7 @@ def invariant_options(
         if isinstance(config, FlexSettings)
         else (config.flex_attn_block_m, config.flex_attn_block_n)
     )
-    tile = invariant_tile(head_size, element_bytes, kernel_block)
+    tile = invariant_tile(head_size, element_bytes, kernel_block, prefill=prefill)
     return {
         "FORCE_USE_FLEX_ATTENTION": True,
         # Else torch compiles lengths that 128 divides without bounds checks, and those round differently.

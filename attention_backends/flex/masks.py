@@ -41,11 +41,9 @@ class RowFacts:
 
     One map serves all requests: a block that several share is a common prefix, at the same place in each.
     """
-    shift: torch.Tensor | None = None
-    """(R,) int32: tokens from the place of a row's only masked block in the sequence to where it lies in the cache.
-
-    Spares the mask a look into ``places``.
-    """
+    ragged: tuple[torch.Tensor, torch.Tensor] | None = None
+    """(R,) int32 each, where a row has one ragged block: its kernel block in the cache, and how many tokens that lies
+    from its place in the sequence. Spares the mask a look into ``places``."""
 
 
 def mark_rows(lists: BlockLists) -> None:
@@ -55,22 +53,24 @@ def mark_rows(lists: BlockLists) -> None:
         lists.masked_counts, lists.masked, lists.whole_counts, lists.whole, facts.position, facts.seq_len, facts.request
     ):  # fmt: skip
         torch._dynamo.mark_dynamic(tensor, 0)
-    if facts.shift is not None:
-        torch._dynamo.mark_dynamic(facts.shift, 0)
+    for tensor in facts.ragged or ():
+        torch._dynamo.mark_dynamic(tensor, 0)
 
 
-def modifiers(facts: RowFacts, cache: FlatCache, call: AttentionCall, group: int) -> tuple[Modifier, Modifier | None]:
+def modifiers(
+    facts: RowFacts, cache: FlatCache, call: AttentionCall, group: int, kernel_block: int
+) -> tuple[Modifier, Modifier | None]:
     """The mask of ragged blocks and the score modifier, or ``None``.
 
     :param group: query heads that lie beside each other as query rows of one head; 1 where each is a head.
     """
     stride, block_size, places = cache.block_stride, cache.block_size, facts.places
-    position, seq_len, request, shift = facts.position, facts.seq_len, facts.request, facts.shift
+    position, seq_len, request, ragged = facts.position, facts.seq_len, facts.request, facts.ragged
     causal, window, custom = call.causal, call.sliding_window, call.mask_mod
 
     def mask(b: torch.Tensor, h: torch.Tensor, q: torch.Tensor, kv: torch.Tensor) -> torch.Tensor:
-        if shift is not None:
-            return position[b] >= kv - shift[b]
+        if ragged is not None:
+            return (kv // kernel_block != ragged[0][b]) | (kv - ragged[1][b] <= position[b])
         key = places[kv // stride] * block_size + kv % stride
         query = position[b] + q // group
         seen = query >= key if causal else key < seq_len[b]

@@ -103,7 +103,7 @@ class FlexSettings:
         if not self.fused:
             return 0
         rows, columns = self.max_decode_rows, sum(self.list_columns)
-        numbers = rows * (columns + 2 + 6) + self.max_num_seqs + 1 + self.num_blocks + 1
+        numbers = rows * (columns + 2 + 7) + self.max_num_seqs + 1 + self.num_blocks + 1
         return IN_FLIGHT * 4 * numbers
 
     @property

@@ -71,15 +71,22 @@ def decode_tile(
     return Tile(block_m=16, block_n=columns, warps=2, stages=3, programs=256)
 
 
-def invariant_tile(head_size: int = 128, element_bytes: int = 2, kernel_block: int = 64) -> Tile:
+def invariant_tile(
+    head_size: int = 128, element_bytes: int = 2, kernel_block: int = 64, *, prefill: bool = False
+) -> Tile:
     """The one tile of every query under batch invariance, decode and prefill alike; never split.
 
-    Against the ordinary decode tile: 64 x 4k, 32/8/128: block 16 261 us (248), block 64 249 (240); 256 x 1k, block 16
-    280 (246); 64 x 8k, 32/2/128, block 64 130 (131). Tiles of 16 x 16 take 251, 294 and more, and 6 ms instead of 1.2
-    for a prefill of 8k. 32 x 8k, 16/2/256 takes 192 with TMA, 272 without.
+    Stages and TMA move data and change no bits. Against the ordinary tile: 64 x 4k, 32/8/128: block 16 267 us (248),
+    block 64 247 (240; 276 with TMA, when two programs no longer fit a multiprocessor); 64 x 8k, 32/2/128, block 64 131
+    (126), block 2112 130 (123). Tiles of 16 x 16 take 2.3 times as long for 64 x 8k, and 6 ms instead of 1.2 for a
+    prefill of 8k. 32 x 8k, 16/2/256 takes 193 with TMA, 230 without. Prefill 4 x 4k, block 64: 1483 us with two stages
+    and TMA, 1965 with three.
     """
     columns = key_columns(head_size, element_bytes, min(kernel_block, 64))
-    return Tile(block_m=64, block_n=columns, warps=4, stages=3, tma=True)
+    full = columns * _power_of_two(head_size) * element_bytes >= TILE_BYTES
+    if prefill:
+        return Tile(block_m=64, block_n=columns, warps=4, stages=2 if full else 3, tma=True)
+    return Tile(block_m=64, block_n=columns, warps=4, stages=3, tma=columns < 64)
 
 
 def prefill_tile(head_size: int, element_bytes: int) -> Tile:

@@ -107,7 +107,7 @@ TABLE: tuple[Entry, ...] = (
         context=_prefill(128, 128, 8, 3, "gathered"),
         pages=_prefill(64, 64, 4, 3, "pages"),
         invariant_prefill=_prefill(64, 64, 4, 3, "gathered"),
-        measured="decode 64 x 4k 32/8: 1.02 of FA3, fp8 64 x 8k 2.8 TB/s; prefill 1 x 8k: 552 TFLOP/s, 0.85; mixed 0.81",
+        measured="decode 64 x 4k 32/8: 1.02 of FA3, fp8 64 x 8k 2.8 TB/s; prefill 1 x 8k 552 TFLOP/s, 0.85; mixed 0.81",
     ),
     Entry(
         device="hopper",

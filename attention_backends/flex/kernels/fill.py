@@ -5,9 +5,9 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-FACTS = 6
-"""Per row: position of its first query, sequence length, request, its first token in the step, its tokens, and how far
-its first masked block lies from its place in the sequence, in tokens."""
+FACTS = 7
+"""Per row: position of its first query, sequence length, request, its first token in the step, its tokens, its last
+masked block in the cache (or -1), and how far that lies from its place in the sequence, in tokens."""
 
 
 @triton.jit
@@ -91,7 +91,15 @@ def fill_rows(
         tail = end
     blocks = end - first
     if SPLIT:
-        share = tl.maximum(tl.cdiv(tl.sum(blocks, 0), tl.maximum(rows - units, 1)), LEAST)
+        # The smallest share whose rows suffice; the upper bound always does.
+        total = tl.sum(blocks, 0)
+        low = tl.maximum(tl.cdiv(total, rows), LEAST)
+        share = tl.maximum(tl.cdiv(total, tl.maximum(rows - units, 1)), LEAST)
+        for _ in range(10):
+            middle = (low + share) // 2
+            needed = tl.sum(tl.where(live, tl.maximum((blocks + middle - 1) // middle, 1), 0), 0)
+            low = tl.where(needed <= rows, low, tl.minimum(middle + 1, share))
+            share = tl.where(needed <= rows, middle, share)
         splits = tl.maximum((blocks + share - 1) // share, 1)
     else:
         splits = tl.full([UNITS], 1, tl.int32)
@@ -129,10 +137,11 @@ def fill_rows(
     tl.store(masked_counts + row, masked_count)
 
     blocks_of = table + my_request.to(tl.int64) * table_stride
-    ragged = tl.where(head > 0, start, rest)
+    ragged = tl.where(masked_count > head, rest + masked_count - head, start + head) - 1
     ragged_block = tl.load(blocks_of + ragged // PER_BLOCK, mask=masked_count > 0, other=0)
-    shift = (ragged_block * BLOCK_STRIDE + ragged % PER_BLOCK - ragged) * KERNEL_BLOCK
-    tl.store(facts + 5 * facts_stride + row, tl.where(masked_count > 0, shift, 0))
+    lies = ragged_block * BLOCK_STRIDE + ragged % PER_BLOCK
+    tl.store(facts + 5 * facts_stride + row, tl.where(masked_count > 0, lies, -1))
+    tl.store(facts + 6 * facts_stride + row, tl.where(masked_count > 0, (lies - ragged) * KERNEL_BLOCK, 0))
     column = tl.arange(0, CHUNK)
     # One column past the last names the null block: the kernel looks one block ahead.
     for done in range(0, whole_count + 1, CHUNK):

@@ -9,7 +9,7 @@ from .chunks import chunk_table
 from .kernels.delta import delta_outputs, delta_prepare, delta_states, delta_step, kda_scan
 from .tiles import Tile, delta_tile, power_of_two, products, step_tile
 
-_HEADS, _CHANNELS = Tile(rows=0, warps=4), Tile(rows=0, warps=2)
+_HEADS, _CHANNELS = Tile(rows=0, warps=4, registers=168), Tile(rows=0, warps=2)
 """How a chunk is prepared with one decay per head, and with one per channel."""
 
 
