@@ -13,12 +13,15 @@ process start to the first token. `host_ms` is the host's own work per step, whi
 from __future__ import annotations
 
 import argparse
+import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
+from rich.console import Console
+from rich.progress import Progress
 
 from makeready.benchmarks.harness import Report, default_device, parser, run_main
 from makeready.benchmarks.launch_profile import PROFILED_TOKENS, profile_decodes
@@ -126,9 +129,17 @@ def stock(model: Any, batch: int, prompt: int, new: int) -> dict[str, Any]:
 
 
 def _generate(engine: TransformersEngine, batch: int, prompt: int, new: int) -> float:
-    begun = time.perf_counter()
-    engine.generate(_prompts(batch, prompt), SamplingParams(max_new_tokens=new, ignore_eos=True))
-    return time.perf_counter() - begun
+    """Seconds; a bar shows how far it is where somebody watches."""
+    prompts, params = _prompts(batch, prompt), SamplingParams(max_new_tokens=new, ignore_eos=True)
+    if not sys.stderr.isatty():
+        begun = time.perf_counter()
+        engine.generate(prompts, params)
+        return time.perf_counter() - begun
+    with Progress(console=Console(stderr=True), transient=True) as bar:
+        task = bar.add_task(f"{batch} x {prompt} + {new} tokens", total=batch * new)
+        begun = time.perf_counter()
+        engine.generate(prompts, params, lambda progress: bar.update(task, completed=progress.tokens))
+        return time.perf_counter() - begun
 
 
 def _prompts(batch: int, length: int) -> list[list[int]]:
