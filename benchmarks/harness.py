@@ -289,12 +289,13 @@ class Report:
 
 
 def print_table(title: str, rows: Sequence[Mapping[str, Any]]) -> None:
-    """Rows as a table; columns in the order in which they first appear."""
+    """Rows as a table; columns in the order in which they first appear, without those that hold more than one value."""
     from rich.table import Table
 
     from makeready.report import make_console
 
-    columns = list(dict.fromkeys(key for row in rows for key in row))
+    several = {key for row in rows for key, value in row.items() if isinstance(value, (dict, list, tuple))}
+    columns = [key for key in dict.fromkeys(key for row in rows for key in row) if key not in several]
     table = Table(title=title, title_justify="left")
     for column in columns:
         numbers = all(isinstance(row.get(column, 0), (int, float)) for row in rows)
