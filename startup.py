@@ -360,7 +360,7 @@ def _decide(
     )
     preferred = {
         backend.name: backend.get_preferred_block_size(around.device, around.platform.default_block_size)
-        for backend in chosen.by_layer.values()
+        for backend in {backend.name: backend for backend in chosen.by_layer.values()}.values()
     }
     request = block_size_request(spec, chosen.capabilities, config, preferred_block_sizes=preferred)
     decided = plan_model(

@@ -39,7 +39,9 @@ class Selection:
 
     def for_layer(self, layer: int) -> Selection:
         """The same for another layer that asks the same."""
-        return replace(self, layer=layer, refusals=tuple(replace(refusal, layer=layer) for refusal in self.refusals))
+        # A model has tens of layers and vLLM tens of kernels: dataclasses.replace would take most of a plan's time.
+        refused = tuple(Refusal(backend=r.backend, layer=layer, reasons=r.reasons) for r in self.refusals)
+        return replace(self, layer=layer, refusals=refused)
 
 
 def refusals(capabilities: Capabilities, request: LayerRequest) -> tuple[str, ...]:
