@@ -63,6 +63,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     facts = _facts(device)
     peers = parse_peers(asked.peer)
     _check_names(peers)
+    _check_provider(asked, facts)
     report = Report("attention", asked, device=device)
     for case in _chosen(asked):
         _run_case(case, asked, facts, peers, report)
@@ -254,6 +255,21 @@ def _check_names(peers: dict[str, str]) -> None:
                 value=name,
                 expected=list(PEERS),
             )
+
+
+def _check_provider(asked: argparse.Namespace, facts: DeviceFacts) -> None:
+    """Before any case is built: a provider that is not there, or that no backend of the run would ask."""
+    if not asked.provider:
+        return
+    FlashBackend().configured(AttentionConfig(flash_provider=asked.provider), facts)
+    if asked.backend and "flash" not in asked.backend:
+        raise ConfigError(
+            f"--provider {asked.provider} says whose kernels flash runs, and only {', '.join(asked.backend)} is timed; "
+            "add --backend flash or leave --provider out",
+            option="--provider",
+            value=asked.provider,
+            expected="--backend flash",
+        )
 
 
 if __name__ == "__main__":

@@ -40,10 +40,13 @@ def write_kv(
     :param scales: of K and V: what is stored is the number divided by its scale.
     :param rotary: cosine and sine, (T, R / 2) each: the first R numbers of every head of K turn, halves paired.
     :raises ConfigError: for shapes or dtypes that do not fit each other.
-    :raises IntegrityError: for a slot outside the cache, on the CPU; elsewhere the device reports it.
+    :raises IntegrityError: for a slot outside the cache, on the CPU. To look would make the host wait elsewhere: the
+        Triton kernel skips every negative slot and writes to any other, so slots must come from the block table.
     """
     _check_fit("key", key, key_cache, slot_mapping)
     _check_fit("value", value, value_cache, slot_mapping)
+    if rotary is not None:
+        _check_rotary(key, *rotary)
     num_blocks, block_size = key_cache.shape[:2]
     slots = slot_mapping
     if slots.device.type in TRITON_DEVICES and _has_triton() and key.dtype.is_floating_point:
@@ -146,6 +149,19 @@ def _check_fit(name: str, rows: torch.Tensor, cache: torch.Tensor, slots: torch.
             option=name,
             value=str(rows.dtype),
             expected=str(cache.dtype),
+        )
+
+
+def _check_rotary(key: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> None:
+    """The Triton kernel reads a cosine and a sine of every token, and never looks how many there are."""
+    tokens, width = key.shape[0], key.shape[-1]
+    if cos.shape != sin.shape or cos.dim() != 2 or len(cos) != tokens or not 0 < 2 * cos.shape[-1] <= width:
+        raise ConfigError(
+            f"rotary has shapes {tuple(cos.shape)} and {tuple(sin.shape)}; {tokens} tokens of head size {width} take "
+            f"({tokens}, R / 2) each, with R from 2 to {width}",
+            option="rotary",
+            value=(tuple(cos.shape), tuple(sin.shape)),
+            expected=(tokens, f"1 to {width // 2}"),
         )
 
 

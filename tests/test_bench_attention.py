@@ -8,7 +8,7 @@ import torch
 from makeready.attention_backends.reference.impl import ReferenceAttention
 from makeready.benchmarks import attention
 from makeready.benchmarks.attention_cases import CASES, SMALL, build, expected
-from makeready.errors import ConfigError
+from makeready.errors import BackendError, ConfigError
 
 
 def run(tmp_path, *arguments):
@@ -69,3 +69,11 @@ def test_the_counts_of_the_published_anchors():
     assert cases["decode 64 x 4k, 32/8/128, block 16"].kv_bytes / 257e-6 == pytest.approx(4.18e12, rel=0.01)
     mixed = cases["mixed 2k chunk at 16k and 32 decodes at 4k, 32/8/128, block 16"]
     assert mixed.flops / 1027e-6 == pytest.approx(504e12, rel=0.01)
+
+
+def test_a_provider_that_nobody_would_ask_is_refused_before_any_case_is_built(tmp_path, monkeypatch):
+    monkeypatch.setattr(attention, "build", lambda *_, **__: pytest.fail("a case was built"))
+    with pytest.raises(BackendError, match="flash_provider 'nope' is not known; for cpu there are"):
+        run(tmp_path, "--device", "cpu", "--provider", "nope")
+    with pytest.raises(ConfigError, match="--provider ipex says whose kernels flash runs, and only reference is timed"):
+        run(tmp_path, "--device", "cpu", "--backend", "reference", "--provider", "ipex")

@@ -11,7 +11,12 @@ import makeready
 from flash_library import flash_attention_3
 from makeready.attention_backends.flash import backend as flash_backend
 from makeready.attention_backends.flash.flash_attention_3 import FlashAttention3
+from makeready.attention_backends.flash.triton_kernels.provider import TritonProvider
+from makeready.attention_backends.interface import BuildRequest
+from makeready.cache.specs import AttentionSpec
 from makeready.cli import main
+from makeready.config import AttentionConfig
+from makeready.device import DeviceFacts
 from makeready.errors import BackendError, BlockSizeError, ConfigError
 from makeready.plugins.doctor import examine
 from makeready.plugins.manager import load_plugins
@@ -138,3 +143,21 @@ def test_doctor_lists_what_other_platforms_could_take(capsys):
     with pytest.raises(SystemExit):
         main(["doctor"])
     assert "whose kernels come from the first of these that can serve" in capsys.readouterr().out
+
+
+def test_triton_refuses_more_query_heads_of_a_kv_head_than_its_fixed_tile_holds():
+    spec = AttentionSpec(num_query_heads=71, num_kv_heads=1, head_size=64, head_size_v=64, dtype="bfloat16")
+    request = BuildRequest(
+        device=DeviceFacts(platform="cuda", device_type="cuda", compute_capability=(9, 0), compute_units=132),
+        spec=spec,
+        dtype="bfloat16",
+        block_size=16,
+        kernel_block_size=16,
+        num_blocks=8,
+        max_num_seqs=2,
+        max_num_batched_tokens=64,
+        max_model_len=128,
+        config=AttentionConfig(batch_invariant=True),
+    )
+    with pytest.raises(BackendError, match="tiles have 64 rows at head size 64, and a KV head has 71 query heads"):
+        TritonProvider(version=lambda: "3.6.0").build(request)

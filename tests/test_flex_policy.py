@@ -11,6 +11,7 @@ from makeready.attention_backends.flex.decode_plan import decode_rows, plan_deco
 from makeready.attention_backends.flex.kernel_options import decode_options, page_options
 from makeready.attention_backends.flex.rows import Row, split_rows, visited_blocks
 from makeready.attention_backends.flex.settings import flex_settings
+from makeready.attention_backends.flex.training import training_kernel
 from makeready.attention_backends.interface import BuildRequest
 from makeready.cache.specs import AttentionSpec
 from makeready.config import AttentionConfig
@@ -240,3 +241,12 @@ def test_what_is_declared_on_each_device():
     assert not probe.available
     assert "not privateuseone" in probe.reason
     assert flex.probe(CPU).available
+
+
+@pytest.mark.parametrize(
+    ("option", "value"), [("dtype", "fp8"), ("device_type", "xpu"), ("kernel_block_size", 24), ("kernel_block_size", 0)]
+)
+def test_a_trainer_is_refused_what_serving_would_refuse(option, value):
+    asked = {"head_size": 64, "dtype": "float32", "kernel_block_size": 16, "device_type": "cpu", option: value}
+    with pytest.raises(BackendError, match=f"{option} {value!r} has no batch-invariant flex kernel"):
+        training_kernel(**asked)

@@ -167,3 +167,12 @@ def test_every_pair_of_dtypes_can_be_written(computed, stored):
     key, value = (torch.zeros(2, 4, 1, 2, dtype=getattr(torch, stored)) for _ in range(2))
     write_kv(rows, rows, key, value, torch.tensor([5]))
     assert key[1, 1].tolist() == [[1.0, -2.0]]
+
+
+@pytest.mark.parametrize(("cos", "sin"), [((2, 4), (2, 4)), ((3, 4), (3, 2)), ((3, 5), (3, 5)), ((3, 0), (3, 0))])
+def test_a_rotary_that_does_not_fit_is_refused(cos, sin):
+    cache = make()
+    view = cache.key_value(0)
+    rows = (torch.ones(3, HEADS, WIDTH), torch.ones(3, HEADS, WIDTH_V))
+    with pytest.raises(ConfigError, match=r"3 tokens of head size 8 take \(3, R / 2\) each"):
+        write_kv(*rows, *view, torch.arange(4, 7), rotary=(torch.ones(cos), torch.ones(sin)))

@@ -21,9 +21,10 @@ from torch.nn.attention.flex_attention import BlockMask
 
 from ...config import AttentionConfig
 from ...device import DeviceFacts
+from ...errors import BackendError
 from .kernel_options import invariant_options
 from .rows import BlockRange, Row, visited_blocks
-from .settings import invariant_kv_block, invariant_query_block
+from .settings import KERNEL_BLOCKS, invariant_kv_block, invariant_query_block
 
 FORCE = "FORCE_USE_FLEX_ATTENTION"
 
@@ -101,8 +102,12 @@ def training_kernel(
 
     :param kernel_block_size: as the plan has it for the layer (``flex_attn_kv_block_size`` goes before it).
     :param config: the ``flex_attn_*`` settings that the backend was built with.
+    :raises BackendError: for a dtype, a device or a kernel block that flex would not serve under batch invariance.
     """
     config = config or AttentionConfig()
+    _check("dtype", dtype, ("float32", "bfloat16", "float16"))
+    _check("device_type", device_type, ("cpu", "cuda"))
+    _check("kernel_block_size", kernel_block_size, KERNEL_BLOCKS)
     device = DeviceFacts(platform=device_type, device_type=device_type)
     on_cpu = device_type == "cpu"
     kernel_block = config.flex_attn_kv_block_size or kernel_block_size
@@ -113,6 +118,16 @@ def training_kernel(
     if not on_cpu:
         options = {f"fwd_{name}" if name != FORCE else name: value for name, value in options.items()}
     return TrainingKernel(query_block, kv_block, options)
+
+
+def _check(option: str, value: object, served: tuple[object, ...]) -> None:
+    if value not in served:
+        raise BackendError(
+            f"{option} {value!r} has no batch-invariant flex kernel; {', '.join(map(str, served))} have",
+            option=option,
+            value=value,
+            expected=list(served),
+        )
 
 
 def soft_cap_modifier(soft_cap: float) -> Callable[..., torch.Tensor]:
