@@ -18,6 +18,8 @@ KV_CACHE_DTYPES: tuple[str, ...] = (
     "auto", "float32", "bfloat16", "float16", "fp8", "fp8_e4m3", "fp8_e5m2", "nvfp4",
     "int8_per_token_head", "fp8_per_token_head", "int4_per_token_head", "fp8_ds_mla", "nvfp4_ds_mla",
 )  # fmt: skip
+LEAST_FLEX_BLOCK = 16
+"""Rows and columns of the smallest matrix product in Triton."""
 LAYOUTS: tuple[str, ...] = ("NHD", "HND", "cross_layer_NHD", "cross_layer_HND")
 
 T = TypeVar("T")
@@ -104,16 +106,16 @@ class AttentionConfig:
     mixer_backend: str = setting("auto", "kernels of state layers: auto, triton, reference, or a plugin's")
     batch_invariant: bool = setting(False, "only backends whose output does not depend on the batch")
     flex_attn_block_m: int | None = setting(
-        None, "flex: query rows that one kernel program computes; power of two", "tokens"
+        None, "flex: query rows that one kernel program computes; power of two from 16", "tokens"
     )
     flex_attn_block_n: int | None = setting(
-        None, "flex: KV tokens that one kernel iteration loads; power of two", "tokens"
+        None, "flex: KV tokens that one kernel iteration loads; power of two from 16", "tokens"
     )
     flex_attn_q_block_size: int | None = setting(
         None, "flex: query block of the block mask; power of two, multiple of flex_attn_block_m", "tokens"
     )
     flex_attn_kv_block_size: int | None = setting(
-        None, "flex: KV block of the block mask; power of two, multiple of flex_attn_block_n", "tokens"
+        None, "flex: KV block of the block mask; power of two from 16, multiple of flex_attn_block_n", "tokens"
     )
 
     @property
@@ -313,13 +315,17 @@ def _check_flex_blocks(attention: AttentionConfig) -> None:
     ):  # fmt: skip
         value = getattr(attention, option)
         _require_positive(option, value)
-        if value is not None and value & (value - 1):
-            below = 1 << (value.bit_length() - 1)
+        # A query block is no side of a matrix product: short ones are padded.
+        least = 1 if option == "flex_attn_q_block_size" else LEAST_FLEX_BLOCK
+        if value is not None and (value < least or value & (value - 1)):
+            below = max(least, 1 << (value.bit_length() - 1))
+            nearest = [below] if value < below else [below, 2 * below]
             raise ConfigError(
-                f"{option} {value} is not a power of two; nearest are {below} and {2 * below}",
+                f"{option} {value} is not a power of two{f' of at least {least}' if least > 1 else ''}, which flex's "
+                f"kernels need; nearest: {', '.join(map(str, nearest))}",
                 option=option,
                 value=value,
-                expected=[below, 2 * below],
+                expected=nearest,
             )
     for tile, block in (
         ("flex_attn_block_m", "flex_attn_q_block_size"),

@@ -350,12 +350,11 @@ def _decide(
 ) -> tuple[Plan, Mapping[int, AttentionBackend]]:
     """A backend for every attention layer, then block size, pages and capacity."""
     chosen = choose_backends(
-        spec.layer_requests(),
+        spec.layer_requests(batch_invariant=config.attention.batch_invariant),
         around.backends,
         around.device,
         order=around.platform.backend_order,
         asked=config.attention.asked_backend,
-        batch_invariant=config.attention.batch_invariant,
         probes=around.probes,
     )
     preferred = {

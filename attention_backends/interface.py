@@ -84,6 +84,8 @@ class LayerRequest:
     soft_cap: float | None = None
     sinks: bool = False
     encoder_only: bool = False
+    batch_invariant: bool = False
+    """True if its output may not depend on what else is in the batch."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -125,6 +127,13 @@ class AttentionBackend(ABC):
         :raises BackendError: for a setting that nothing on ``device`` can follow.
         """
         return self
+
+    def declared_refusals(self, request: LayerRequest, device: DeviceFacts) -> tuple[str, ...]:
+        """What a layer asks that is never served on ``device`` and that :meth:`capabilities` has no word for.
+
+        No probing: a plan asks it, and so refuses what a build would.
+        """
+        return ()
 
     def refusals(self, request: LayerRequest, device: DeviceFacts) -> tuple[str, ...]:
         """What a layer asks that nothing installed here can serve, beyond :meth:`capabilities`; may probe."""

@@ -77,10 +77,17 @@ class ModelSpec:
         """True if the model has attention and states."""
         return bool(self.attention_layers) and bool(self.state_layers)
 
-    def layer_requests(self) -> tuple[LayerRequest, ...]:
+    def layer_requests(self, *, batch_invariant: bool = False) -> tuple[LayerRequest, ...]:
         """What each attention layer asks of a backend."""
         return tuple(
-            LayerRequest(layer=layer.layer, spec=layer.spec, dtype=self.dtype, soft_cap=self.soft_cap, sinks=self.sinks)
+            LayerRequest(
+                layer=layer.layer,
+                spec=layer.spec,
+                dtype=self.dtype,
+                soft_cap=self.soft_cap,
+                sinks=self.sinks,
+                batch_invariant=batch_invariant,
+            )
             for layer in self.layers
             if isinstance(layer.spec, AttentionSpec)
         )

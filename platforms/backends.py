@@ -31,7 +31,6 @@ def choose_backends(
     *,
     order: Sequence[str],
     asked: str | None,
-    batch_invariant: bool = False,
     probes: Mapping[str, Probe] | None = None,
 ) -> ModelBackends:
     """Choose for each layer; layers that ask the same get the same.
@@ -48,9 +47,7 @@ def choose_backends(
     for request in requests:
         what = replace(request, layer=0)
         if what not in alike:
-            alike[what] = select_backend(
-                request, candidates, device, asked=asked, batch_invariant=batch_invariant, probes=probes
-            )
+            alike[what] = select_backend(request, candidates, device, asked=asked, probes=probes)
         selections.append(alike[what].for_layer(request.layer))
     return ModelBackends(
         by_layer={found.layer: found.backend for found in selections},

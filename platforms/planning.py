@@ -188,11 +188,14 @@ def _pipeline(stages: Sequence[StagePlan]) -> list[str]:
 
 
 def _setting_constraints(backends: Mapping[int, Capabilities], config: EngineConfig) -> tuple[Constraint, ...]:
-    """A mask block that the user set for flex is its kernel block, which the block has to be a multiple of."""
-    wanted = config.attention.flex_attn_kv_block_size
-    if wanted is None or all(backend.name != "flex" for backend in backends.values()):
+    """Flex's mask block, where the user set it, is its kernel block, which divides the block; a kernel tile divides it."""
+    if all(backend.name != "flex" for backend in backends.values()):
         return ()
-    return (MultipleOf(wanted, owner="flex_attn_kv_block_size"),)
+    for option in ("flex_attn_kv_block_size", "flex_attn_block_n"):
+        wanted = getattr(config.attention, option)
+        if wanted is not None:
+            return (MultipleOf(wanted, owner=option),)
+    return ()
 
 
 def _with_set_kernel_block(decision: BlockSizeDecision, config: EngineConfig) -> BlockSizeDecision:

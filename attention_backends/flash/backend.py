@@ -103,6 +103,21 @@ class FlashBackend(AttentionBackend):
             reasons.append(f"{provider.name}: {probe.reason}")
         return Probe(available=False, reason=self._nothing_serves(device, reasons))
 
+    def declared_refusals(self, request: LayerRequest, device: DeviceFacts) -> tuple[str, ...]:
+        """What the asked provider, or each where batch invariance narrows the choice, does not have for the layer.
+
+        Else the platform's providers share what they serve, and :meth:`capabilities` says it.
+        """
+        if self.asked is None and not request.batch_invariant:
+            return ()
+        found: list[str] = []
+        for provider in self._serving(device):
+            lacking = layer_refusals(provider, request, device)
+            if not lacking:
+                return ()
+            found += lacking
+        return tuple(found)
+
     def refusals(self, request: LayerRequest, device: DeviceFacts) -> tuple[str, ...]:
         """Empty if a provider that loads here can serve the layer; else what each of them lacks for it."""
         found = []
