@@ -208,13 +208,13 @@ def _family(fields: ConfigFields) -> tuple[str, Family]:
 def _model_dtype(fields: ConfigFields, dtype: str, notes: list[str]) -> str:
     if dtype != "auto":
         return dtype
-    found = fields.first("dtype", "torch_dtype")
-    if found is None:
+    name = fields.written("dtype", "torch_dtype")
+    if name is None:
         notes.append(f"{fields.source} names no dtype; bfloat16 is assumed")
         return "bfloat16"
-    word = str(found).removeprefix("torch.")
+    word = str(fields.values[name]).removeprefix("torch.")
     if word not in DTYPES:
-        raise fields.broken("dtype", found, f"one of {', '.join(DTYPES)}")
+        raise fields.broken(name, fields.values[name], f"one of {', '.join(DTYPES)}")
     return word
 
 

@@ -188,7 +188,7 @@ def _pipeline(stages: Sequence[StagePlan]) -> list[str]:
 
 
 def _setting_constraints(backends: Mapping[int, Capabilities], config: EngineConfig) -> tuple[Constraint, ...]:
-    """Flex's mask block, where the user set it, is its kernel block, which divides the block; a kernel tile divides it."""
+    """Flex's mask block, where the user set it, is its kernel block, which divides the block; so does a kernel tile."""
     if all(backend.name != "flex" for backend in backends.values()):
         return ()
     for option in ("flex_attn_kv_block_size", "flex_attn_block_n"):
