@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, Literal, TypeVar
 
-from .errors import ConfigError
+from .errors import ConfigError, did_you_mean
 
 MambaCacheMode = Literal["none", "align", "all"]
 PAGE_STRATEGIES: tuple[str, ...] = ("unified", "subdivided")
@@ -21,6 +22,16 @@ KV_CACHE_DTYPES: tuple[str, ...] = (
 LEAST_FLEX_BLOCK = 16
 """Rows and columns of the smallest matrix product in Triton."""
 LAYOUTS: tuple[str, ...] = ("NHD", "HND", "cross_layer_NHD", "cross_layer_HND")
+
+ALIASES: Mapping[str, str] = MappingProxyType({
+    "tp": "tensor_parallel_size",
+    "pp": "pipeline_parallel_size",
+    "dp": "data_parallel_size",
+    "memory": "memory_bytes",
+    "device_memory": "device_memory_bytes",
+    "provider": "flash_provider",
+})  # fmt: skip
+"""Names of the command line that are not those of the settings."""
 
 T = TypeVar("T")
 
@@ -186,15 +197,17 @@ class EngineConfig:
     def from_options(cls, **options: Any) -> EngineConfig:
         """A config from flat option names, as the command line has them.
 
-        :raises ConfigError: for an unknown name, naming the ones there are.
+        :raises ConfigError: for an unknown name, with those that come close.
         """
         parts = {part.name: type(getattr(cls(), part.name)) for part in fields(cls)}
         owners = {setting.name: part for part, record in parts.items() for setting in fields(record)}
         given: dict[str, dict[str, Any]] = {part: {} for part in parts}
         for name, value in options.items():
             if name not in owners:
+                hint = f", did you mean {ALIASES[name]}" if name in ALIASES else did_you_mean(name, owners)
                 raise ConfigError(
-                    f"option {name!r} is not known; known are {', '.join(sorted(owners))}",
+                    f"setting {name!r} is not known{hint}; `makeready plan --help`, `makeready launch --help` and "
+                    "docs/reference/settings.md have all of them",
                     option=name,
                     value=value,
                     expected=sorted(owners),
@@ -301,7 +314,7 @@ def _require_layers(option: str, value: object) -> None:
 def _require_one_of(option: str, value: str, allowed: tuple[str, ...]) -> None:
     if value not in allowed:
         raise ConfigError(
-            f"{option} {value!r} is not known; choose from {', '.join(allowed)}",
+            f"{option} {value!r} is not known{did_you_mean(str(value), allowed)}; choose from {', '.join(allowed)}",
             option=option,
             value=value,
             expected=list(allowed),

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
-from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +15,7 @@ from ..cache.specs import (
     resolve_kv_cache_dtype,
 )
 from ..config import DTYPES
-from ..errors import ConfigError, UnsupportedModelError
+from ..errors import ConfigError, UnsupportedModelError, did_you_mean
 from .attention_fields import attention_spec
 from .config_fields import ConfigFields, load_config
 from .families import FAMILIES, REFUSED, Family
@@ -195,8 +194,7 @@ def _family(fields: ConfigFields) -> tuple[str, Family]:
             value=model_type,
             expected=sorted(FAMILIES),
         )
-    close = get_close_matches(model_type, FAMILIES, n=3)
-    hint = f", did you mean {' or '.join(close)}" if close else ""
+    hint = did_you_mean(model_type, FAMILIES)
     raise UnsupportedModelError(
         f"model_type {model_type!r} of {fields.source} is not known{hint}; known are {', '.join(sorted(FAMILIES))}",
         option="model_type",
