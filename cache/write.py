@@ -39,13 +39,13 @@ def write_kv(
     :param slot_mapping: (T,) int64; every slot but -1 at most once.
     :param scales: of K and V: what is stored is the number divided by its scale.
     :param rotary: cosine and sine, (T, R / 2) each: the first R numbers of every head of K turn, halves paired.
-    :raises ConfigError: for shapes or dtypes that do not fit each other: integers are stored as they are, or not at all.
+    :raises ConfigError: for shapes or dtypes that do not fit each other; integers are stored as they are.
     :raises IntegrityError: for a slot outside the cache, on the CPU. To look would make the host wait elsewhere: the
         Triton kernel skips every negative slot and writes to any other, so slots must come from the block table.
     """
-    for name, rows, cache in (("key", key, key_cache), ("value", value, value_cache)):
-        _check_shape(name, rows, cache, slot_mapping)
-        _check_dtype(name, rows, cache, "scales" if scales else "rotary" if rotary and name == "key" else None)
+    for name, rows, stored in (("key", key, key_cache), ("value", value, value_cache)):
+        _check_shape(name, rows, stored, slot_mapping)
+        _check_dtype(name, rows, stored, "scales" if scales else "rotary" if rotary and name == "key" else None)
     if rotary is not None:
         _check_rotary(key, *rotary)
     num_blocks, block_size = key_cache.shape[:2]
