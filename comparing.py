@@ -116,12 +116,12 @@ def comparison_table(variants: Sequence[Variant]) -> RenderableType:
     lengths = sorted({n for v in variants if v.plan and v.plan.capacity for n in v.plan.capacity.concurrency})
     for length in lengths:
         table.add_column(f"x {length}", justify="right")
-    mixed = request_mixes()["512 lognormal"]
     for variant in variants:
         options = ["-" if value is None else str(value) for value in variant.options.values()]
         if variant.plan is None:
             table.add_row(*options, *["-"] * (6 + len(lengths)))
             continue
+        longest = variant.plan.max_model_len
         one, four = request_memory(variant.plan, 1), request_memory(variant.plan, 4096)
         counts = variant.plan.capacity.concurrency if variant.plan.capacity else {}
         table.add_row(
@@ -129,9 +129,9 @@ def comparison_table(variants: Sequence[Variant]) -> RenderableType:
             str(variant.plan.block_size),
             format_bytes(variant.plan.strategy.shape.block_bytes),
             format_bytes(one.total_bytes),
-            format_bytes(four.total_bytes),
-            f"{four.waste:.2%}",
-            f"{mix_waste(variant.plan, mixed):.2%}",
+            format_bytes(four.total_bytes) if longest >= four.tokens else "-",
+            f"{four.waste:.2%}" if longest >= four.tokens else "-",
+            f"{mix_waste(variant.plan, request_mixes(longest)['512 lognormal']):.2%}",
             *(str(counts.get(length, "-")) for length in lengths),
         )
     return Group(table, *_refusals(variants))

@@ -92,6 +92,9 @@ BAD = [
         ("mamba_block_size 256", "2112"),
     ),
     (("plan", NANO, "--platform", "cuda", "--memory", "1MiB"), ("1.00 MiB", "at least")),
+    (("plan", NANO, "--platform", "cuda", "--memory", "40"), ("--memory '40'", "40 bytes", "40GiB", "40B")),
+    (("plan", NANO, "--platform", "cuda", "--device-memory", "80"), ("--device-memory '80'", "80GiB")),
+    (("plan", NANO, "--compare", "memory=40,80"), ("memory_bytes '40'", "40GiB")),
     (("plan", NANO, "--platform", "cuda", "--memory", "much"), ("--memory", "much", "80GiB")),
     (("plan", NANO, "--platform", "cuda", "--kv-cache-dtype", "int3"), ("kv_cache_dtype", "int3", "fp8")),
     (("plan", NANO, "--platform", "cuda", "--engine", "sglang"), ("engine", "sglang", "transformers")),
@@ -137,6 +140,13 @@ def test_a_broken_config_names_the_file_and_the_field(capsys, tmp_path, text, na
     assert code == 2
     for part in named:
         assert part in err
+
+
+@pytest.mark.parametrize("text", ["42949672960", "40GiB", "40 gib", "42949672960B", "40960MiB", "4294967296e1"])
+def test_memory_in_units_and_bytes(capsys, text):
+    code, out, _ = run(capsys, "plan", NANO, "--platform", "cuda", "--memory", text, "--json")
+    assert code == 0
+    assert any("40.00 GiB for the cache" in reason for reason in json.loads(out)["reasons"])
 
 
 def test_json_errors_are_json(capsys):

@@ -5,11 +5,12 @@ from __future__ import annotations
 import json
 
 import pytest
+from rich.console import Console
 
 from makeready import plan
 from makeready.cache.group_pool import make_pool
 from makeready.cli import main
-from makeready.comparing import compare, parse_axes
+from makeready.comparing import compare, comparison_table, parse_axes
 from makeready.errors import ConfigError
 from makeready.hybrid.presets import preset_names
 from makeready.platforms.memory_use import mix_waste, request_memory, request_mixes
@@ -68,6 +69,20 @@ def test_mixes_are_those_that_waste_is_published_for():
     assert max(mixes["512 lognormal"]) <= 32768
     made = plan(NANO, platform="cuda", page_strategy="subdivided")
     assert all(mix_waste(made, lengths) < 0.01 for lengths in mixes.values())
+
+
+def test_nothing_is_shown_of_requests_that_are_not_served():
+    short = request_mixes(700)
+    assert list(short) == ["64 x 512", "512 lognormal"]
+    assert max(short["512 lognormal"]) == 700
+    requests = plan(NANO, platform="cuda", max_model_len=700).to_dict()["requests"]
+    assert list(requests["mix_waste_pct"]) == list(short)
+    assert [one["tokens"] for one in requests["memory"]] == [1, 512]
+    (variant,) = compare(NANO, {"platform": "cuda", "max_model_len": 700}, {"tensor_parallel_size": (1,)})
+    console = Console(width=200, record=True)
+    console.print(comparison_table([variant]))
+    row = next(line for line in console.export_text().splitlines() if line.startswith("1 "))
+    assert row.split().count("-") == 2
 
 
 def test_axes_take_names_as_the_command_line_has_them():
