@@ -3,7 +3,7 @@
 from dataclasses import replace
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 import makeready
@@ -162,12 +162,16 @@ def test_gpu_tiles_divide_the_mask_blocks_and_fit_in_shared_memory(group_size, h
     st.sampled_from([(4, 2), (32, 2), (6, 2)]),
     st.booleans(),
 )
+@example([(17, 0)], (6, 2), False)  # 17 tokens would be a unit of 32, with a group of 3 beyond 64 rows
+@example([(16, 0)], (6, 2), False)
 def test_short_queries_are_decodes_and_get_a_row_each_at_least(lens, heads, invariant):
     resolved = resolve(CUDA, AttentionConfig(batch_invariant=invariant), heads=heads)
     query_lens = [count for count, _ in lens]
     plan = plan_decode(query_lens, [count + before for count, before in lens], resolved)
     if plan is None:
-        assert min(query_lens) > (1 if invariant else 64 // (heads[0] // heads[1]))
+        fewest = min(query_lens)
+        assert fewest > 1
+        assert invariant or (1 << (fewest - 1).bit_length()) * (heads[0] // heads[1]) > 64
         return
     assert all(query_lens[request] <= plan.length for request in plan.requests)
     assert plan.length * (heads[0] // heads[1]) <= 64
