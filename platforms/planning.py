@@ -106,7 +106,7 @@ def plan_model(
     warnings = [
         *mind,
         *chosen.warnings,
-        *idle_settings(config),
+        *idle_settings(config, {backend.name for backend in backends.values()}),
         *dear_blocks(decision, tight, holding_of(config)),
         *idle_stages(stages),
         *reset_states(model, platform, config),

@@ -5,11 +5,15 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from dataclasses import fields
 from pathlib import Path
 
 import pytest
 
+from makeready.cli import launch as launch_command
 from makeready.cli import main
+from makeready.cli import plan as plan_command
+from makeready.config import AttentionConfig, EngineConfig
 from makeready.startup import BUNDLED_MODEL
 
 NANO = "nvidia/NVIDIA-Nemotron-3-Nano-30B-A3B-BF16"
@@ -77,7 +81,35 @@ def test_help_teaches_with_examples(capsys):
     assert "makeready launch ./checkpoint" in run(capsys, "launch", "--help")[1]
 
 
+def test_every_setting_is_an_option():
+    offered = {option.name for command in (plan_command, launch_command) for option in command.params}
+    records = [type(getattr(EngineConfig(), part.name)) for part in fields(EngineConfig)]
+    assert {setting.name for record in records for setting in fields(record)} <= offered
+    shared = {option.name for option in plan_command.params} & {option.name for option in launch_command.params}
+    assert {setting.name for setting in fields(AttentionConfig)} <= shared
+
+
+def test_help_of_flex_tiles_says_what_they_take(capsys):
+    for command in ("plan", "launch"):
+        said = " ".join(run(capsys, command, "--help")[1].split())
+        assert "--flex-attn-block-m INTEGER" in said
+        assert "power of two from 16" in said
+        assert "--memory-fraction FLOAT" in said
+        assert "[default: 0.9]" in said
+
+
+def test_flex_tiles_and_batch_invariance_from_the_command_line(capsys):
+    tiles = ("--flex-attn-block-m", "32", "--flex-attn-kv-block-size", "32", "--flex-attn-block-n", "16")
+    code, out, _ = run(capsys, "plan", NANO, "--platform", "cuda", "--backend", "flex", *tiles, "--json")
+    assert code == 0
+    assert json.loads(out)["kernel_block_sizes"] == {"flex": 32}
+    code, out, _ = run(capsys, "plan", NANO, "--platform", "xpu", "--batch-invariant", "--provider", "xpu-kernels")
+    assert code == 2
+
+
 BAD = [
+    (("plan", NANO, "--platform", "cuda", "--flex-attn-block-n", "8"), ("flex_attn_block_n 8", "at least 16")),
+    (("plan", NANO, "--platform", "cuda", "--memory-fraction", "2"), ("memory_fraction 2", "up to 1")),
     # arguments, and what the sentence must name: the option or file, the value, what would be right
     (("plan", "nvidia/Nemotron-H-4B-Base", "--platform", "cuda"), ("Nemotron-H-4B-Base-8K",)),
     (("plan", "/nowhere/config.json", "--platform", "cuda"), ("/nowhere/config.json",)),

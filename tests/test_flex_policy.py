@@ -281,3 +281,10 @@ def test_a_kernel_tile_is_a_constraint_of_the_block():
     assert (decided.block_size, decided.decision.kernel_block_sizes["flex"]) == (64, 64)
     with pytest.raises(BlockSizeError, match="flex_attn_block_n needs a multiple of 64"):
         makeready.plan(SMALL, platform="cuda", backend="flex", flex_attn_block_n=64, block_size=16)
+
+
+def test_tiles_of_flex_that_nobody_follows_are_warned_of():
+    idle = makeready.plan(SMALL, platform="cuda", flex_attn_block_m=32)
+    assert idle.layers[0].backend == "flash"
+    assert "flex_attn_block_m 32 changes nothing: flex serves no layer." in idle.warnings
+    assert not makeready.plan(SMALL, platform="cuda", backend="flex", flex_attn_block_m=32).warnings
