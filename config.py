@@ -72,7 +72,7 @@ class CacheConfig:
     layout: str = setting("auto", "physical order: NHD, HND, cross_layer_NHD or cross_layer_HND")
     memory_bytes: int | None = setting(None, "memory for the cache; None derives it", "bytes")
     memory_fraction: float = setting(
-        0.9, "share of the device's memory for weights and cache when memory_bytes is None"
+        0.9, "share of the device's memory for weights, cache and what attention kernels take, without memory_bytes"
     )
     num_blocks: int | None = setting(None, "blocks in the pool, instead of a memory budget", "blocks")
     mamba_cache_mode: str = setting(

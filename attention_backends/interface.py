@@ -16,6 +16,7 @@ from ..cache.specs import AttentionSpec
 from ..config import AttentionConfig
 from ..device import DeviceFacts
 from ..errors import BackendError
+from .workspace import StepLimits, Workspace
 
 if TYPE_CHECKING:
     import torch
@@ -147,6 +148,10 @@ class AttentionBackend(ABC):
         """The smallest block size, in tokens, that this backend would choose, from the platform's ``default``."""
         multiple = self.capabilities(device).kernel_block_multiple
         return -(-default // multiple) * multiple
+
+    def workspace(self, request: LayerRequest, device: DeviceFacts, limits: StepLimits) -> Workspace:
+        """What the kernels of such layers take beside the cache, at most; a memory budget leaves room for it."""
+        return Workspace()
 
     @abstractmethod
     def probe(self, device: DeviceFacts) -> Probe:

@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 
 from ..attention_backends.interface import AttentionBackend, Capabilities, LayerRequest, Probe
 from ..attention_backends.selection import Selection, group_refusals, layer_names, select_backend
+from ..attention_backends.workspace import StepLimits, total_bytes
 from ..device import DeviceFacts
 
 
@@ -22,6 +23,11 @@ class ModelBackends:
     """One sentence per backend that was chosen."""
     refusals: tuple[str, ...]
     """One sentence per backend and set of reasons, however many layers it holds for."""
+
+    def workspace_bytes(self, requests: Sequence[LayerRequest], device: DeviceFacts, limits: StepLimits) -> int:
+        """What the kernels of a step hold beside the cache at most, over all kinds of layers."""
+        kinds = {(self.by_layer[x.layer].name, replace(x, layer=0)): self.by_layer[x.layer] for x in requests}
+        return total_bytes(backend.workspace(request, device, limits) for (_, request), backend in kinds.items())
 
 
 def choose_backends(

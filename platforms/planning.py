@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from types import MappingProxyType
 
@@ -65,6 +65,7 @@ def plan_model(
     *,
     extra_constraints: Iterable[Constraint] = (),
     preferred_block_sizes: Mapping[str, int] | None = None,
+    workspace: Callable[[int], int] | None = None,
     reasons: Sequence[str] = (),
     refusals: Sequence[str] = (),
 ) -> Plan:
@@ -73,6 +74,7 @@ def plan_model(
     :param backends: per attention layer the capabilities of its backend.
     :param device: facts of the device; ``None`` plans without its memory.
     :param preferred_block_sizes: per backend name the block size that it would choose, in tokens.
+    :param workspace: bytes that the backends' kernels take beside the cache, by the longest sequence in tokens.
     :param reasons: sentences of earlier decisions (platform, backends), put first.
     :param refusals: sentences about what was not chosen.
     :raises BlockSizeError: if no block size suits all, or the user's does not.
@@ -90,7 +92,7 @@ def plan_model(
     )
     said = [*reasons, *model.notes]
     mind: list[str] = []
-    budget = None if config.cache.num_blocks is not None else cache_budget(model, config, device, said, mind)
+    budget = None if config.cache.num_blocks is not None else cache_budget(model, config, device, said, mind, workspace)
     chosen = choose_strategy(
         model,
         request,

@@ -9,6 +9,7 @@ from ...cache.specs import AttentionSpec
 from ...device import DeviceFacts
 from ..interface import AttentionImpl, BuildRequest, Capabilities, LayerRequest, Probe
 from ..selection import refusals
+from ..workspace import StepLimits, Workspace
 
 
 class FlashProvider(ABC):
@@ -34,6 +35,10 @@ class FlashProvider(ABC):
     def invariance_refusal(self, spec: AttentionSpec, device: DeviceFacts) -> str | None:
         """Why a layer that these kernels serve is not served under batch invariance, or ``None``."""
         return None
+
+    def workspace(self, request: LayerRequest, device: DeviceFacts, limits: StepLimits) -> Workspace:
+        """What these kernels take beside the cache for such layers, at most."""
+        return Workspace()
 
     def only_when_asked(self, device: DeviceFacts) -> str | None:
         """Why automatic choice passes over these kernels on ``device`` though they serve; ``None`` if it does not."""

@@ -9,6 +9,7 @@ from ...config import DTYPES, LAYOUTS, AttentionConfig
 from ...device import DeviceFacts
 from ...errors import BackendError
 from ..interface import AttentionBackend, AttentionImpl, BuildRequest, Capabilities, LayerRequest, Probe
+from ..workspace import StepLimits, Workspace
 from .settings import KERNEL_BLOCKS, check_layer, flex_settings
 
 DEVICE_TYPES = ("cpu", "cuda", "xpu", "hpu", "mps")
@@ -70,6 +71,32 @@ class FlexBackend(AttentionBackend):
         except BackendError as error:
             return (error.message,)
         return ()
+
+    def workspace(self, request: LayerRequest, device: DeviceFacts, limits: StepLimits) -> Workspace:
+        """Block lists, which steps share, and the run that long queries read K and V from; latents have neither.
+
+        The numbers of the shortest kernel block, which has the longest lists; 8 bytes a block of the pool come on top.
+        """
+        if request.spec.mla:
+            return Workspace()
+        config = replace(self._config, batch_invariant=request.batch_invariant)
+        block = config.flex_attn_kv_block_size or config.flex_attn_block_n or KERNEL_BLOCKS[0]
+        settings = flex_settings(
+            BuildRequest(
+                device=device,
+                spec=request.spec,
+                dtype=request.dtype,
+                block_size=block,
+                kernel_block_size=block,
+                num_blocks=0,
+                max_num_seqs=limits.max_num_seqs,
+                max_num_batched_tokens=limits.max_num_batched_tokens,
+                max_model_len=limits.max_model_len,
+                config=config,
+            ),
+            self.capabilities(device),
+        )
+        return Workspace(kept_bytes=settings.buffer_bytes, layer_bytes=settings.run_bytes)
 
     def supports_batch_invariance(self, device: DeviceFacts) -> bool:
         """Whether the same request has the same bits in every batch, once ``batch_invariant`` asks for it."""

@@ -10,9 +10,11 @@ from ....cache.specs import AttentionSpec
 from ....config import LAYOUTS
 from ....device import DeviceFacts
 from ....errors import BackendError
-from ...interface import AttentionImpl, BuildRequest, Capabilities, Probe
+from ...interface import AttentionImpl, BuildRequest, Capabilities, LayerRequest, Probe
+from ...workspace import StepLimits, Workspace
 from ..providers import FlashProvider, build_refusals
 from .configs import invariant_rows
+from .scratch import workspace_of
 
 HALF = frozenset({"bfloat16", "float16"})
 FP8 = frozenset({"fp8_e4m3", "fp8_e5m2"})
@@ -86,6 +88,12 @@ class TritonProvider(FlashProvider):
         return (
             f"has tiles of {tile} rows at head size {size} under batch_invariant, and a KV head has {group} query heads"
         )
+
+    def workspace(self, request: LayerRequest, device: DeviceFacts, limits: StepLimits) -> Workspace:
+        """Partial sums, and the copy of K and V that a long prefill reads; latents are the engine's to expand."""
+        if request.spec.mla:
+            return Workspace()
+        return workspace_of(request.spec, device, limits, invariant=request.batch_invariant)
 
     def probe(self, device: DeviceFacts) -> Probe:
         """Triton is missing, too old, or the device is; else ours."""
