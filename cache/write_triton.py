@@ -42,8 +42,9 @@ def _store_rows(
         x = (x.to(tl.float32) * cos + sign * y * sin).to(x.dtype)
     if SCALED:
         x = x.to(tl.float32) / scale
-    if LIMIT:
-        x = tl.minimum(tl.maximum(x.to(tl.float32), -limit), limit)
+    if LIMIT:  # NaN stays NaN, as torch.clamp leaves it
+        x = tl.maximum(x.to(tl.float32), -limit, propagate_nan=tl.PropagateNan.ALL)
+        x = tl.minimum(x, limit, propagate_nan=tl.PropagateNan.ALL)
     block = (slot // BLOCK_SIZE)[:, None, None]
     to = block * c_b + (slot % BLOCK_SIZE)[:, None, None] * c_t + head[None, :, None] * c_h + d[None, None, :]
     tl.store(cache_ptr + to, x.to(cache_ptr.dtype.element_ty), mask=ok)
