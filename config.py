@@ -114,7 +114,9 @@ class AttentionConfig:
     flash_provider: str | None = setting(
         None, "flash: whose kernels (makeready doctor lists them); used or refused; None takes the first that can serve"
     )
-    mixer_backend: str = setting("auto", "kernels of state layers: auto, triton, reference, or a plugin's")
+    mixer_backend: str = setting(
+        "auto", "kernels of state layers: auto, triton, fla, mamba-ssm, causal-conv1d, reference, or a plugin's"
+    )
     batch_invariant: bool = setting(False, "only backends whose output does not depend on the batch")
     flex_attn_block_m: int | None = setting(
         None, "flex: query rows that one kernel program computes; power of two from 16", "tokens"

@@ -17,7 +17,7 @@ from .device import DeviceFacts
 from .engines.checkpoint import require_checkpoint
 from .errors import ConfigError, PlatformError, PluginError
 from .hybrid.mixers.backend import MixerBackend
-from .hybrid.mixers.selection import ModelMixers, choose_mixers, mixer_requests
+from .hybrid.mixers.selection import ModelMixers, Probes, choose_mixers, mixer_requests
 from .hybrid.model_specs import ModelSpec, read_model
 from .hybrid.replay_rings import Replay
 from .platforms.backends import choose_backends
@@ -334,15 +334,14 @@ def _require_offered(asked: str | None, offers: BackendOffers, *, auto_may_choos
 
 def _mixers(config: EngineConfig, spec: ModelSpec, around: _Surroundings) -> ModelMixers | None:
     """The kernels of the model's state layers."""
-    probes = None
-    if around.probes is not None:
-        probes = {backend.name: backend.probe(around.device) for backend in around.mixers}
+    offered = tuple(backend.configured(config.attention, around.device) for backend in around.mixers)
     return choose_mixers(
         mixer_requests(spec.layers, spec.dtype),
-        around.mixers,
+        offered,
         around.device,
         asked=config.attention.mixer_backend,
-        probes=probes,
+        batch_invariant=config.attention.batch_invariant,
+        probes=None if around.probes is None else Probes(offered, around.device),
     )
 
 
@@ -379,7 +378,7 @@ def _decide(
         chosen.capabilities,
         config,
         around.device,
-        extra_constraints=around.plugins.block_size_constraints(request),
+        extra_constraints=(*around.plugins.block_size_constraints(request), *(mixers.constraints if mixers else ())),
         preferred_block_sizes=preferred,
         workspace=workspace if spec.engine == "transformers" else None,
         reasons=(*around.reasons, *chosen.reasons, *(mixers.reasons if mixers else ())),
