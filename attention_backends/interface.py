@@ -219,6 +219,8 @@ class AttentionImpl(ABC):
     capturable: bool = False
     """True if a captured step's :meth:`prepare` and :meth:`forward` may run inside a device graph: they read the
     step's tensors, choose shapes from its host bounds alone, and never wait for the device."""
+    captures_ragged: bool = False
+    """The same for captured steps with ``num_ragged`` requests of any length."""
     reads_unwritten_slots: bool = False
     """True if the kernels touch the unwritten tail of a block they visit: blocks are cleared at hand-out."""
 

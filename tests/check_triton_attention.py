@@ -214,6 +214,30 @@ def test_padding_of_a_bucket_gives_zeros():
             close(case, output, call, rows=[0, 2])
 
 
+@pytest.mark.parametrize("lens", [(1, 1, 100, 5), (1, 1, 1, 23), (1, 1, 60, 61)])
+@pytest.mark.parametrize("invariant", [False, True])
+def test_a_captured_step_with_prefill_reads_from_the_device_who_has_how_many_tokens(lens, invariant):
+    """Rows: two decodes and two empty ones, then two chunks, an empty row, and one that fills the step up."""
+    tokens, keys = 128, (70, 5, 131, 90)
+    padding = tokens - sum(lens)
+    case = make_case([*keys, padding], [*lens, padding], heads=(4, 2), head_size=32, clear=False)
+    places = [0, 2, 4, 5, 7]
+    starts, seq_lens, table = [0] * 9, torch.zeros(8, dtype=torch.int32), torch.zeros(8, case.step.block_table.shape[1])
+    for row, place in enumerate(places):
+        starts[place + 1 :] = [int(case.step.query_start[row + 1])] * (8 - place)
+        seq_lens[place] = (*keys, 0)[row]
+        table[place] = case.step.block_table[row]
+    step = replace(
+        case.step, captured=True, num_ragged=4, query_start=torch.tensor(starts, dtype=torch.int32), seq_lens=seq_lens,
+        block_table=table.int(), query_lens_host=(*[0] * 7, tokens), seq_lens_host=(200,) * 8,
+    )  # fmt: skip
+    attention, real = build(invariant=invariant), slice(0, sum(lens))
+    for call in (call_of(case), call_of(case, sliding_window=20), call_of(case, sinks=torch.randn(4))):
+        output = attention.forward(case.query, case.key_cache, case.value_cache, attention.prepare(step), call)
+        close(case, output, call, rows=real)
+        assert (output[sum(lens) :] == 0).all()
+
+
 def test_gathered_keys_and_values_of_two_widths():
     case = make_case([70, 5, 33], [70, 1, 5], heads=(4, 4), head_size=24, head_size_v=16, clear=False)
     output = build(head_size=24).forward_gathered(case.query, case.keys, case.values, case.step, call_of(case))

@@ -26,6 +26,9 @@ class Execution:
     """What computes state layers of packed steps; None without any."""
     compile_layers: bool
     cuda_graphs: bool
+    """Whether steps of decodes are captured."""
+    prefill_graphs: bool
+    """Whether steps with prefill are, up to a number of tokens."""
     async_scheduling: bool
     reasons: tuple[str, ...]
 
@@ -42,18 +45,21 @@ def decide(model: Any, ready: Ready, traits: Traits) -> Execution:
     if not packed:
         _refuse_without_packing(asked, why)
         return Execution(
-            packed=False, kernels=None, compile_layers=False, cuda_graphs=False, async_scheduling=False,
-            reasons=tuple(reasons),
+            packed=False, kernels=None, compile_layers=False, cuda_graphs=False, prefill_graphs=False,
+            async_scheduling=False, reasons=tuple(reasons),
         )  # fmt: skip
     compiled, why = _choose_compile(asked, traits, on_cuda)
     reasons.append(why)
     graphs, why = _choose_graphs(asked, _obstacle(model, ready, traits, kernels))
     reasons.append(why)
+    prefill = graphs and not (why := _ragged_obstacle(ready, kernels))
+    if graphs:
+        reasons.append(f"prefill_graphs: {_on(prefill)}, {f'since {why}' if why else 'with cuda_graphs'}.")
     ahead = on_cuda if asked.async_scheduling is None else asked.async_scheduling
     reasons.append(f"async_scheduling: {_on(ahead)}, {_why(asked.async_scheduling, model.device.type)}.")
     return Execution(
-        packed=True, kernels=kernels, compile_layers=compiled, cuda_graphs=graphs, async_scheduling=ahead,
-        reasons=tuple(reasons),
+        packed=True, kernels=kernels, compile_layers=compiled, cuda_graphs=graphs, prefill_graphs=prefill,
+        async_scheduling=ahead, reasons=tuple(reasons),
     )  # fmt: skip
 
 
@@ -136,6 +142,16 @@ def _obstacle(model: Any, ready: Ready, traits: Traits, kernels: MixerKernels | 
             " call model.set_experts_implementation('batched_mm')"
         )
     return None
+
+
+def _ragged_obstacle(ready: Ready, kernels: MixerKernels | None) -> str:
+    """Why steps with prefill cannot be captured though steps of decodes can; empty if they can."""
+    waiting = sorted({impl.name for impl in ready.attention.values() if not impl.captures_ragged})
+    if waiting:
+        return f"attention backend {' and '.join(waiting)} must know on the host who has how many tokens"
+    if kernels is not None and not kernels.captures_ragged:
+        return f"state mixers {kernels.name} must know on the host who has how many tokens"
+    return ""
 
 
 def _on(value: bool) -> str:

@@ -12,7 +12,16 @@ from ....errors import BackendError
 from ...interface import AttentionCall, AttentionImpl, BuildRequest
 from ...metadata import StepMetadata
 from .configs import short_queries
-from .launch import DecodeWork, PrefillWork, Shape, decode, plan_decode, plan_prefill, prefill
+from .launch import (
+    DecodeWork,
+    PrefillWork,
+    Shape,
+    decode,
+    plan_decode,
+    plan_prefill,
+    plan_ragged_prefill,
+    prefill,
+)
 from .tuned import Configs, read_table
 
 GATHERED_BLOCK = 16
@@ -45,6 +54,7 @@ class TritonImpl(AttentionImpl):
 
     name = "flash"
     capturable = True
+    captures_ragged = True
 
     def __init__(self, request: BuildRequest, compute_units: int, configs: Configs | None = None) -> None:
         self._request = request
@@ -164,18 +174,14 @@ class TritonImpl(AttentionImpl):
 
     def _shared_out(self, step: StepMetadata, shape: Shape, window: int | None, *, causal: bool, narrow: bool) -> Works:
         """One query token decodes; a few take the same kernel with more rows, if causal; the others prefill."""
+        if step.num_ragged:
+            return self._ragged(step, shape, window, causal=causal, narrow=narrow)
         device, lens = self._request.device, step.query_lens_host
         most = short_queries(shape.group) if causal and not self._invariant else 1
         decodes = []
         for fewest, queries in ((1, 1), (2, most)):
             if any(fewest <= count <= queries for count in lens):
-                config = self._configs.decode(
-                    device, head_size=max(shape.padded, shape.padded_v), rows=queries * shape.group, narrow=narrow,
-                    invariant=self._invariant, max_model_len=self._request.max_model_len,
-                )  # fmt: skip
-                decodes.append(
-                    plan_decode(step, shape, config, self._units, fewest=fewest, queries=queries, window=window)
-                )
+                decodes.append(self._decodes(step, shape, window, fewest, queries, narrow=narrow))
         long = [(count, length) for count, length in zip(lens, step.seq_lens_host, strict=True) if count > most]
         if not long:
             return Works(tuple(decodes), None)
@@ -186,6 +192,26 @@ class TritonImpl(AttentionImpl):
             invariant=self._invariant, max_model_len=self._request.max_model_len,
         )  # fmt: skip
         return Works(tuple(decodes), plan_prefill(step, shape, tiles, fewest=most + 1))
+
+    def _ragged(self, step: StepMetadata, shape: Shape, window: int | None, *, causal: bool, narrow: bool) -> Works:
+        """Who has how many tokens only the device knows: one token decodes, more prefill."""
+        tiles = self._configs.prefill(
+            self._request.device, shape.head_size, shape.head_size_v, shape.group, requests=step.num_tokens, queries=0,
+            keys=0, block_size=step.block_size, causal=causal, narrow=narrow, invariant=self._invariant,
+            max_model_len=self._request.max_model_len,
+        )  # fmt: skip
+        decodes = (self._decodes(step, shape, window, 1, 1, narrow=narrow),)
+        return Works(decodes, plan_ragged_prefill(step, shape, tiles, fewest=2))
+
+    def _decodes(
+        self, step: StepMetadata, shape: Shape, window: int | None, fewest: int, queries: int, *, narrow: bool
+    ) -> DecodeWork:
+        """Requests of ``fewest`` to ``queries`` query tokens."""
+        config = self._configs.decode(
+            self._request.device, head_size=max(shape.padded, shape.padded_v), rows=queries * shape.group,
+            narrow=narrow, invariant=self._invariant, max_model_len=self._request.max_model_len,
+        )  # fmt: skip
+        return plan_decode(step, shape, config, self._units, fewest=fewest, queries=queries, window=window)
 
 
 def _as_blocks(gathered: Sequence[torch.Tensor]) -> torch.Tensor:

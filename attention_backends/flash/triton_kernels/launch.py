@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import triton
@@ -15,6 +15,8 @@ from .decode import decode_kernel, plan_kernel
 from .prefill import COPIES, GATHERED, PAGES, gather_kernel, prefill_kernel
 
 LOG2E = 1.4426950408889634
+NO_TILE = 1 << 20
+"""A tile past every request's tokens."""
 SOURCES = {"pages": PAGES.value, "gathered": GATHERED.value, "copies": COPIES.value}
 
 
@@ -88,7 +90,7 @@ def plan_decode(
     plan_kernel[(1,)](
         step.seq_lens, step.query_start, starts, first, count, step.num_requests, programs,
         HK=heads, FEWEST=fewest, QUERIES=queries, WINDOW=work.window, UNIT=unit, FIXED=config.fixed,
-        BLOCK_B=min(256, max(16, triton.next_power_of_2(step.num_requests))), BLOCK_P=32, num_warps=8,
+        BLOCK_B=16 if step.num_requests <= 16 else 256, BLOCK_P=32, num_warps=8,
     )  # fmt: skip
     return work
 
@@ -155,6 +157,24 @@ def plan_prefill(step: StepMetadata, shape: Shape, config: PrefillConfig, *, few
         rows=starts[-1],
         longest=max(room),
     )
+
+
+def plan_ragged_prefill(step: StepMetadata, shape: Shape, config: PrefillConfig, *, fewest: int) -> PrefillWork:
+    """The same for a captured step, made on the device from ``query_start``: K and V stay in their pages.
+
+    There are as many tiles as T tokens and ``num_ragged`` requests may need; those that are not needed lie past the
+    tokens of their request. Requests without keys, which only fill the step up, have tiles: their rows are written.
+    """
+    tokens = config.block_m // shape.group
+    count = step.num_tokens // tokens + min(step.num_ragged, step.num_tokens // fewest)
+    lens = step.query_start.diff()
+    ends = torch.where(lens >= fewest, (lens + tokens - 1) // tokens, 0).cumsum(0, dtype=torch.int32)
+    place = ends[-1] - 1 - torch.arange(count, dtype=torch.int32, device=lens.device)  # a request's last tile first
+    request = torch.searchsorted(ends, place, right=True).clamp_max(step.num_requests - 1)
+    first = torch.where(request > 0, ends[request - 1], 0)
+    tile = torch.where(place >= 0, place - first, NO_TILE)
+    items = torch.stack([request.to(torch.int32), tile.to(torch.int32)], dim=1)
+    return PrefillWork(config=replace(config, source="pages"), items=items, base=None, rows=0, longest=0)
 
 
 def prefill(

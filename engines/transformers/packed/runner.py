@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from itertools import accumulate
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -17,17 +18,21 @@ from ..ledger import StateLedger
 from ..records import Ready
 from ..scheduler import Step
 from .attention import EXPANDED, register
+from .buckets import decode_buckets, ragged_buckets
 from .building import StepBuilder
 from .cache import PackedCache
 from .choosing import likeliest
 from .context import ForwardContext, PackedStep, forward_of
 from .decode_inputs import DecodeInputs
 from .flight import Flight
-from .graphs import DecodeGraphs, buckets_up_to
+from .graphs import DecodeGraphs
 from .layers import DecoderLayers, LayerForward
 from .patching import exchange_for
+from .ragged_graphs import RaggedGraphs
+from .ragged_inputs import RaggedInputs
 from .rows import ON_DEVICE, Row, rows_of
 from .seats import Seats
+from .warming import dummy_steps
 
 if TYPE_CHECKING:
     from ....hybrid.mixers.interface import MixerKernels
@@ -43,6 +48,7 @@ class PackedRunner:
     :param run_layer: how a decoder layer is run; ``None`` for its own forward.
     :param limits: active while a forward runs.
     :param cuda_graphs: whether steps of decodes are captured and replayed.
+    :param prefill_graphs: whether steps with prefill are, too.
     :raises UnsupportedModelError: if the family's mixers are not where this transformers should have them.
     """
 
@@ -56,6 +62,7 @@ class PackedRunner:
         *,
         limits: Limits = nullcontext,
         cuda_graphs: bool = False,
+        prefill_graphs: bool = False,
     ) -> None:
         config, scheduler = model.config.get_text_config(decoder=True), ready.config.scheduler
         self._model, self._traits, self._kernels = model, traits, kernels
@@ -64,10 +71,14 @@ class PackedRunner:
         self._device = model.device
         self._ledger = StateLedger()
         self._seats = Seats(scheduler.max_num_seqs, self._device)
+        self._dummies = tuple(
+            dummy_steps(scheduler.max_num_batched_tokens, ready.max_model_len, scheduler.max_num_seqs)
+        )
+        ragged = ragged_buckets(scheduler.max_num_seqs, scheduler.max_num_batched_tokens)
         self._builder = StepBuilder(
             self._binding,
-            max_num_seqs=scheduler.max_num_seqs,
-            max_num_batched_tokens=scheduler.max_num_batched_tokens,
+            max_rows=max(bucket.rows for bucket in ragged),
+            max_num_batched_tokens=max(scheduler.max_num_batched_tokens, ragged[-1].tokens, scheduler.max_num_seqs),
             max_model_len=ready.max_model_len,
             device=self._device,
         )
@@ -77,15 +88,27 @@ class PackedRunner:
         register()
         model.set_attn_implementation(PACKED_NAME)
         self._graphs: DecodeGraphs | None = None
+        self._ragged: RaggedGraphs | None = None
+        groups = self._builder.state_groups
         if cuda_graphs:
-            inputs = DecodeInputs(self._seats, self._builder.state_groups, scheduler.max_num_seqs, self._device)
-            buckets = buckets_up_to(scheduler.max_num_seqs)
-            self._graphs = DecodeGraphs(self._builder, inputs, self._decode, buckets)
+            pool = torch.cuda.graph_pool_handle()
+            inputs = DecodeInputs(self._seats, groups, scheduler.max_num_seqs, self._device)
+            buckets = decode_buckets(scheduler.max_num_seqs)
+            self._graphs = DecodeGraphs(self._builder, inputs, self._decode, buckets, pool)
+            if prefill_graphs:
+                tokens = RaggedInputs(self._seats, groups, ragged, self._device)
+                self._ragged = RaggedGraphs(self._builder, tokens, self._in_context, ragged, pool)
 
     def warm_up(self) -> None:
-        """Compile and capture now what steps of decodes replay later; no page is touched."""
-        if self._graphs is not None:
-            self._graphs.capture()
+        """Compile and capture now what later steps run; no page is touched."""
+        if self._device.type == "cuda":
+            for lens, seq_lens in self._dummies:
+                nothing = torch.zeros(sum(lens), dtype=torch.int64, device=self._device)
+                ends = torch.tensor([*accumulate(lens)], device=self._device) - 1
+                likeliest(self._in_context(self._builder.dummy(lens, seq_lens), nothing, nothing, ends))
+        for graphs in (self._ragged, self._graphs):
+            if graphs is not None:
+                graphs.capture()
 
     def close(self) -> None:
         """Give the model its own attention and its layers back."""
@@ -115,6 +138,9 @@ class PackedRunner:
         seats = self._seats.of([row.request for row in rows])
         if self._graphs is not None and all(row.is_decode and row.samples for row in rows):
             return self._graphs.replay(rows, seats)
+        bucket = self._ragged.bucket(rows) if self._ragged is not None else None
+        if self._ragged is not None and bucket is not None:
+            return self._ragged.replay(bucket, rows, seats)
         sampled, ends = self._sampled(rows)
         ids, positions = self._input_ids(rows, seats), self._positions(rows)
         logits = self._in_context(self._builder.build(rows), ids, positions, ends)
