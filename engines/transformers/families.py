@@ -31,8 +31,8 @@ class Traits:
     kernels: tuple[str, ...] | None = ()
     """Module globals that compute the family's state mixers, for which packed steps have their own; ``None`` where
     requests cannot be packed into one row."""
-    expands_latents: bool = False
-    """True if attention stores latents, which the model expands after they were read back."""
+    expand_latents: str | None = None
+    """Method of the modeling module that expands stored latents to K and V; ``None`` for attention without latents."""
     note: str = ""
     """Why, for the record."""
 
@@ -58,7 +58,8 @@ _FAMILIES: tuple[Traits, ...] = (
            scan="mamba_selective_scan", note=_SCAN),
     Traits(model_type="granitemoehybrid", kernels=_MAMBA2),
     Traits(model_type="jamba", kernels=_MAMBA1, scan="mamba_selective_scan", note=_SCAN),
-    Traits(model_type="kimi_linear", kernels=(_CONV, "chunk_kimi_delta_attention"), expands_latents=True),
+    Traits(model_type="kimi_linear", kernels=(_CONV, "chunk_kimi_delta_attention"),
+           expand_latents="KimiLinearAttention.expand_kv"),
     Traits(model_type="lfm2", kernels=(_CONV,)),
     Traits(model_type="lfm2_moe", kernels=(_CONV,)),
     Traits(model_type="mamba", kernels=_MAMBA1, cache_argument="cache_params", takes_positions=False,

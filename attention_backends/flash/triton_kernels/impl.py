@@ -12,6 +12,7 @@ from ....errors import BackendError
 from ...interface import AttentionCall, AttentionImpl, BuildRequest
 from ...metadata import StepMetadata
 from .configs import short_queries
+from .latent_launch import LatentWork, attend_latents, plan_latent
 from .launch import (
     DecodeWork,
     PrefillWork,
@@ -42,6 +43,8 @@ class TritonStep:
 
     step: StepMetadata
     works: dict[tuple[object, ...], Works] = field(default_factory=dict)
+    latent: LatentWork | None = None
+    """For layers that store latents."""
 
 
 class TritonImpl(AttentionImpl):
@@ -55,6 +58,7 @@ class TritonImpl(AttentionImpl):
     name = "flash"
     capturable = True
     captures_ragged = True
+    attends_latents = True
 
     def __init__(self, request: BuildRequest, compute_units: int, configs: Configs | None = None) -> None:
         self._request = request
@@ -75,8 +79,12 @@ class TritonImpl(AttentionImpl):
                 value=step.block_size,
                 expected=self._request.block_size,
             )
-        prepared, spec = TritonStep(step), self._request.spec
-        if not spec.mla and step.num_requests:
+        spec = self._request.spec
+        if spec.mla and step.num_requests:
+            latent = plan_latent(step, spec.num_query_heads, self._units, invariant=self._invariant)
+            return TritonStep(step, latent=latent)
+        prepared = TritonStep(step)
+        if step.num_requests:
             shape = Shape(
                 num_heads=spec.num_query_heads,
                 num_kv_heads=spec.num_kv_heads,
@@ -136,6 +144,20 @@ class TritonImpl(AttentionImpl):
             block_size=GATHERED_BLOCK,
         )
         return self._run(query, _as_blocks(keys), _as_blocks(values), TritonStep(gathered), call, None)
+
+    def forward_latent(
+        self,
+        query: torch.Tensor,
+        latent_cache: torch.Tensor,
+        rope_cache: torch.Tensor,
+        metadata: TritonStep,
+        call: AttentionCall,
+    ) -> torch.Tensor:
+        """Attention over stored latents; shapes as in :class:`AttentionImpl`."""
+        call.refuse_own_masks("flash by triton")
+        if metadata.latent is None:
+            return query.new_empty(*query.shape[:2], latent_cache.shape[-1])
+        return attend_latents(query, latent_cache, rope_cache, metadata.step, metadata.latent, call)
 
     def _run(
         self,

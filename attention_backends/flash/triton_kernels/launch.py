@@ -12,11 +12,10 @@ from ...interface import AttentionCall
 from ...metadata import StepMetadata
 from .configs import DecodeConfig, PrefillConfig
 from .decode import decode_kernel, plan_kernel
+from .items import tile_items
 from .prefill import COPIES, GATHERED, PAGES, gather_kernel, prefill_kernel
 
 LOG2E = 1.4426950408889634
-NO_TILE = 1 << 20
-"""A tile past every request's tokens."""
 SOURCES = {"pages": PAGES.value, "gathered": GATHERED.value, "copies": COPIES.value}
 
 
@@ -133,14 +132,6 @@ class PrefillWork:
 
 def plan_prefill(step: StepMetadata, shape: Shape, config: PrefillConfig, *, fewest: int) -> PrefillWork:
     """Tiles of the requests with ``fewest`` query tokens or more, made on the host."""
-    tokens = config.block_m // shape.group
-    found = [
-        (length - queries + tile * tokens, request, tile)
-        for request, (length, queries) in enumerate(zip(step.seq_lens_host, step.query_lens_host, strict=True))
-        if queries >= fewest
-        for tile in range(-(-queries // tokens))
-    ]
-    found.sort(reverse=True)
     room = [
         -(-length // config.block_n) * config.block_n if queries >= fewest else 0
         for length, queries in zip(step.seq_lens_host, step.query_lens_host, strict=True)
@@ -152,7 +143,7 @@ def plan_prefill(step: StepMetadata, shape: Shape, config: PrefillConfig, *, few
         starts.append(starts[-1] + count)
     return PrefillWork(
         config=config,
-        items=_staged([number for _, request, tile in found for number in (request, tile)], device).view(-1, 2),
+        items=tile_items(step, config.block_m // shape.group, fewest=fewest),
         base=_staged(starts, device) if gathered else None,
         rows=starts[-1],
         longest=max(room),
@@ -160,20 +151,8 @@ def plan_prefill(step: StepMetadata, shape: Shape, config: PrefillConfig, *, few
 
 
 def plan_ragged_prefill(step: StepMetadata, shape: Shape, config: PrefillConfig, *, fewest: int) -> PrefillWork:
-    """The same for a captured step, made on the device from ``query_start``: K and V stay in their pages.
-
-    There are as many tiles as T tokens and ``num_ragged`` requests may need; those that are not needed lie past the
-    tokens of their request. Requests without keys, which only fill the step up, have tiles: their rows are written.
-    """
-    tokens = config.block_m // shape.group
-    count = step.num_tokens // tokens + min(step.num_ragged, step.num_tokens // fewest)
-    lens = step.query_start.diff()
-    ends = torch.where(lens >= fewest, (lens + tokens - 1) // tokens, 0).cumsum(0, dtype=torch.int32)
-    place = ends[-1] - 1 - torch.arange(count, dtype=torch.int32, device=lens.device)  # a request's last tile first
-    request = torch.searchsorted(ends, place, right=True).clamp_max(step.num_requests - 1)
-    first = torch.where(request > 0, ends[request - 1], 0)
-    tile = torch.where(place >= 0, place - first, NO_TILE)
-    items = torch.stack([request.to(torch.int32), tile.to(torch.int32)], dim=1)
+    """The same for a captured step, made on the device: K and V stay in their pages."""
+    items = tile_items(step, config.block_m // shape.group, fewest=fewest)
     return PrefillWork(config=replace(config, source="pages"), items=items, base=None, rows=0, longest=0)
 
 

@@ -8,6 +8,8 @@ from dataclasses import dataclass
 
 from .rows import Row
 
+WIDE = (64, 128, 256, 512, 768, 1024, 1536, 2048)
+"""Those that are captured for many decodes too."""
 TOKENS = (16, 32, 64, 128, 192, 256, 320, 384, 448, 512, 640, 768, 896, 1024, 1280, 1536, 1792, 2048)
 """Sizes of steps with prefill: padding costs a fifth at most from 256 on. Beyond the last the device has more to do
 than the host, whatever the model: 44 layers of Falcon-H1-7B take the host 50 ms, and one H200 as long for 2,048."""
@@ -63,5 +65,5 @@ def ragged_buckets(max_num_seqs: int, max_num_batched_tokens: int) -> tuple[Ragg
         RaggedBucket(tokens, decodes, ragged)
         for tokens in TOKENS[: last + 1]
         for decodes in sorted({ALIGNED, all_decodes})
-        if decodes == ALIGNED or tokens > ALIGNED
+        if decodes == ALIGNED or tokens in WIDE
     )

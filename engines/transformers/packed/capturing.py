@@ -25,7 +25,7 @@ def capture(run: Run, pool: Any, warm_ups: int) -> Captured:
     """Run ``run`` and then record it; all of its rows must be padding, so that no request is touched.
 
     :param pool: memory of graphs that are never replayed at the same time.
-    :param warm_ups: runs before: the first compiles kernels, a second is free of what only a first run does.
+    :param warm_ups: runs before, which compile and load what a capture may not.
     """
     stream: Any = torch.cuda.Stream()  # type: ignore[no-untyped-call]
     stream.wait_stream(torch.cuda.current_stream())

@@ -23,7 +23,7 @@ from .rows import Row
 DecodeForward = Callable[[PackedStep, torch.Tensor, torch.Tensor], torch.Tensor]
 """One forward of a step of decodes: ids (B,) and positions (B,) to logits (B, V)."""
 
-WARM_UPS = 2
+WARM_UPS = 1
 
 
 class DecodeGraphs:

@@ -23,6 +23,7 @@ NO_LIMIT = (0.0, math.inf)
 _SCHEMAS = {
     "attention": "(Tensor query, Tensor key, Tensor value, Tensor? sinks, float scale, bool causal, int? window,"
     " float? soft_cap) -> Tensor",
+    "latent_attention": "(Tensor query, Tensor latent, Tensor rope, float scale) -> Tensor",
     "causal_conv": "(Tensor x, Tensor weight, Tensor? bias, str? activation) -> Tensor",
     "mamba2": "(Tensor x, Tensor dt, Tensor A, Tensor B, Tensor C, Tensor? D, Tensor? dt_bias, bool dt_softplus,"
     " float dt_min, float dt_max, int chunk_size) -> Tensor",
@@ -41,6 +42,7 @@ def operators() -> Any:
     library: Any = torch.library.Library(_NAMESPACE, "FRAGMENT")  # type: ignore[no-untyped-call]
     implementations: dict[str, tuple[Any, Any]] = {
         "attention": (_attention, _like_attention),
+        "latent_attention": (_latent_attention, _like_latent),
         "causal_conv": (_causal_conv, _like_first),
         "mamba2": (_mamba2, _like_first),
         "mamba1": (_mamba1, _like_first),
@@ -85,6 +87,15 @@ def _attention(
     write_kv(key, value, layer.key, layer.value, context.step.metadata[layer.group].slot_mapping)
     call = AttentionCall(scale=scale, causal=causal, sliding_window=window, soft_cap=soft_cap, sinks=sinks)
     return layer.impl.forward(query, layer.key, layer.value, context.step.prepared[layer.layer], call)
+
+
+def _latent_attention(query: torch.Tensor, latent: torch.Tensor, rope: torch.Tensor, scale: float) -> torch.Tensor:
+    """Write this step's latents, then attend over the pages: (T, Hq, R + P), (T, 1, R), (T, 1, P) to (T, Hq, R)."""
+    context = running()
+    layer = context.attention_layer()
+    write_kv(latent, rope, layer.key, layer.value, context.step.metadata[layer.group].slot_mapping)
+    call = AttentionCall(scale=scale)
+    return layer.impl.forward_latent(query, layer.key, layer.value, context.step.prepared[layer.layer], call)
 
 
 def _causal_conv(
@@ -173,6 +184,10 @@ def _kda(
 
 def _like_attention(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *_: Any) -> torch.Tensor:
     return query.new_empty(query.shape[0], query.shape[1], value.shape[2])
+
+
+def _like_latent(query: torch.Tensor, latent: torch.Tensor, *_: Any) -> torch.Tensor:
+    return query.new_empty(query.shape[0], query.shape[1], latent.shape[2])
 
 
 def _like_first(x: torch.Tensor, *_: Any) -> torch.Tensor:

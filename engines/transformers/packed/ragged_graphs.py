@@ -45,6 +45,7 @@ class RaggedGraphs:
         self._builder, self._inputs, self._forward, self._pool = builder, inputs, forward, pool
         self._buckets = tuple(buckets)
         self._captured: dict[RaggedBucket, Captured] = {}
+        self._logits: torch.Tensor | None = None
 
     def bucket(self, rows: Sequence[Row]) -> RaggedBucket | None:
         """The smallest bucket that holds ``rows``; None if none does."""
@@ -76,4 +77,10 @@ class RaggedGraphs:
         logits = self._forward(step, inputs.ids(bucket), inputs.positions(bucket), inputs.ends(bucket))
         tokens = likeliest(logits)
         inputs.keep(tokens, bucket)
-        return logits, tokens
+        return self._shared(logits), tokens
+
+    def _shared(self, logits: torch.Tensor) -> torch.Tensor:
+        """``logits`` where all graphs leave theirs: those of every graph by itself take gigabytes together."""
+        if self._logits is None:  # made by the first run, before anything is captured
+            self._logits = logits.new_empty(max(bucket.rows for bucket in self._buckets), logits.shape[1])
+        return self._logits[: len(logits)].copy_(logits)

@@ -17,7 +17,7 @@ from ..families import Traits
 from ..ledger import StateLedger
 from ..records import Ready
 from ..scheduler import Step
-from .attention import EXPANDED, register
+from .attention import EXPANDED, LATENTS, STORED, register
 from .buckets import decode_buckets, ragged_buckets
 from .building import StepBuilder
 from .cache import PackedCache
@@ -27,7 +27,7 @@ from .decode_inputs import DecodeInputs
 from .flight import Flight
 from .graphs import DecodeGraphs
 from .layers import DecoderLayers, LayerForward
-from .patching import exchange_for
+from .patching import attends_latents, exchange_for
 from .ragged_graphs import RaggedGraphs
 from .ragged_inputs import RaggedInputs
 from .rows import ON_DEVICE, Row, rows_of
@@ -66,7 +66,8 @@ class PackedRunner:
     ) -> None:
         config, scheduler = model.config.get_text_config(decoder=True), ready.config.scheduler
         self._model, self._traits, self._kernels = model, traits, kernels
-        self._exchange, self._limits = exchange_for(model, traits), limits
+        self._attends_latents = attends_latents(ready, traits)
+        self._exchange, self._limits = exchange_for(model, traits, latents=self._attends_latents), limits
         self._binding = bind(ready, config.num_hidden_layers)
         self._device = model.device
         self._ledger = StateLedger()
@@ -82,7 +83,8 @@ class PackedRunner:
             max_model_len=ready.max_model_len,
             device=self._device,
         )
-        self._cache = _cache_for(self._binding, traits)
+        gathers = traits.expand_latents is not None and not self._attends_latents
+        self._cache = _cache_for(self._binding, gathers)
         self._layers = DecoderLayers(model, config.num_hidden_layers, run_layer)
         self._stock_attention = model.config._attn_implementation
         register()
@@ -170,8 +172,8 @@ class PackedRunner:
             "use_cache": True,
             "logits_to_keep": keep,
         }
-        if self._traits.expands_latents:
-            inputs[EXPANDED] = True
+        if self._traits.expand_latents:
+            inputs[LATENTS] = STORED if self._attends_latents else EXPANDED
         if self._traits.takes_positions:
             inputs["position_ids"] = positions[None]
         logits: torch.Tensor = self._model(**inputs).logits
@@ -211,12 +213,12 @@ class PackedRunner:
             )
 
 
-def _cache_for(binding: Any, traits: Traits) -> PackedCache:
+def _cache_for(binding: Any, gathers: bool) -> PackedCache:
     states, attention = binding.states, binding.attention
     layers = range(binding.num_layers)
     return PackedCache(
         binding.num_layers,
         state_layers=frozenset(index for index in layers if index in states and index not in attention),
         empty_layers=frozenset(index for index in layers if index not in states and index not in attention),
-        mla=traits.expands_latents,
+        gathers=gathers,
     )

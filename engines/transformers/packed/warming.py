@@ -18,7 +18,7 @@ def dummy_steps(max_tokens: int, max_model_len: int, max_rows: int) -> Iterator[
     """Query tokens and keys of each request, step after step, within what the engine may run."""
     longest = min(max_tokens, max_model_len)
     most = min(max_tokens, max_rows * longest)
-    for tokens in (*(1 << power for power in range(11, most.bit_length())), most):
+    for tokens in sorted({*(1 << power for power in range(11, most.bit_length())), most}):
         lens = _split(tokens, longest)
         yield lens, lens
     chunk = max(min(_LONG, longest, max_model_len // _CONTEXT), 1)
