@@ -81,7 +81,9 @@ class TritonImpl(AttentionImpl):
             )
         spec = self._request.spec
         if spec.mla and step.num_requests:
-            latent = plan_latent(step, spec.num_query_heads, self._units, invariant=self._invariant)
+            latent = plan_latent(
+                step, spec.num_query_heads, self._request.device, self._units, invariant=self._invariant
+            )
             return TritonStep(step, latent=latent)
         prepared = TritonStep(step)
         if step.num_requests:

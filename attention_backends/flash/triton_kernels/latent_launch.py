@@ -10,14 +10,17 @@ import torch
 import triton
 import triton.language as tl
 
+from ....device import DeviceFacts
 from ...interface import AttentionCall
 from ...metadata import StepMetadata
 from .items import tile_items
 from .latent import latent_kernel, latent_sum_kernel
 from .launch import LOG2E
 
-HEADS, TOKENS_OF_HEADS, TILE = 32, 64, 32
-"""Query heads of a program, rows of one that takes several query tokens, and latents of one step of a program."""
+HEADS, ROWS = 32, 64
+"""Query heads of a program, and rows (query token, query head) of one that takes several tokens."""
+TILE, SMALL_TILE = 32, 16
+"""Latents of one step of a program: on Hopper, and where shared memory may be 99 KB."""
 MOST_SPLITS = 32
 _OPERANDS = {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
 
@@ -32,21 +35,27 @@ class LatentWork:
     """(n, 2) int32: request, tile of query tokens, of requests with several."""
     tokens: int
     """Query tokens of a tile."""
+    tile: int
+    """Latents of one step of a program."""
 
 
-def plan_latent(step: StepMetadata, heads: int, compute_units: int, *, invariant: bool) -> LatentWork:
+def plan_latent(
+    step: StepMetadata, heads: int, device: DeviceFacts, compute_units: int, *, invariant: bool
+) -> LatentWork:
     """Programs for every request and tile; chosen from the host's numbers alone."""
     of_program = heads_of_program(heads)
-    tokens = max(1, TOKENS_OF_HEADS // of_program)
+    tokens = max(1, ROWS // of_program)
+    capability = device.compute_capability
+    tile = TILE if capability is not None and capability[0] == 9 else SMALL_TILE
     lens = step.query_lens_host
     longer = step.num_ragged > 0 or max(lens, default=0) > 1
     decodes = step.num_requests if step.num_ragged or 1 in lens else 0
     splits = 0
     if decodes:
         programs = decodes * -(-heads // of_program)
-        needed = -(-max(step.seq_lens_host) // (4 * TILE))
+        needed = -(-max(step.seq_lens_host) // (4 * tile))
         splits = 1 if invariant else max(1, min(MOST_SPLITS, compute_units // programs, needed))
-    return LatentWork(splits, tile_items(step, tokens, fewest=2) if longer else None, tokens)
+    return LatentWork(splits, tile_items(step, tokens, fewest=2) if longer else None, tokens, tile)
 
 
 def heads_of_program(heads: int) -> int:
@@ -66,7 +75,7 @@ def attend_latents(
     shared: dict[str, Any] = {"HEADS": heads, "OF_PROGRAM": of_program, "R": rank, "RP": padded}
     options = {
         **shared, "P": width, "PP": max(16, int(triton.next_power_of_2(width))), "BLOCK_SIZE": latent.shape[1],
-        "TILE": TILE, "STAGES": 2, **_products(query.dtype), "num_warps": 8, "num_stages": 2,
+        "TILE": work.tile, "STAGES": 2, **_products(query.dtype), "num_warps": 8, "num_stages": 2,
     }  # fmt: skip
     pages = (latent, rope, step.block_table, step.seq_lens, step.query_start)
     numbers = (call.scale * LOG2E, work.splits, *query.stride()[:2], *latent.stride()[:2], *rope.stride()[:2],

@@ -81,14 +81,14 @@ class StepBuilder:
         """The step of ``bucket`` decodes; backends prepare here, inside the graph."""
         return self._step(rows=(1,) * bucket, num_decodes=bucket, metadata=metadata, states=states)
 
-    def dummy(self, lens: Sequence[int], seq_lens: Sequence[int]) -> PackedStep:
+    def dummy(self, lens: Sequence[int], seq_lens: Sequence[int], decode_only: bool = False) -> PackedStep:
         """A step of nobody's requests: kernels run as in any other, and no page is touched."""
         slots = [[-1] * len(lens) for _ in self.state_groups]
         return self._step(
             rows=tuple(lens),
             num_decodes=0,
             metadata={group: buffers.dummy(lens, seq_lens) for group, buffers in self.buffers.items()},
-            states=self._batches(lens, [False] * len(lens), slots, False),
+            states=self._batches(lens, [False] * len(lens), slots, decode_only),
         )
 
     def fill_ragged(self, rows: Sequence[Row], bucket: RaggedBucket) -> dict[int, StepMetadata]:

@@ -89,14 +89,14 @@ class PackedRunner:
         self._stock_attention = model.config._attn_implementation
         register()
         model.set_attn_implementation(PACKED_NAME)
+        self._decode_sizes = decode_buckets(scheduler.max_num_seqs)
         self._graphs: DecodeGraphs | None = None
         self._ragged: RaggedGraphs | None = None
         groups = self._builder.state_groups
         if cuda_graphs:
             pool = torch.cuda.graph_pool_handle()
             inputs = DecodeInputs(self._seats, groups, scheduler.max_num_seqs, self._device)
-            buckets = decode_buckets(scheduler.max_num_seqs)
-            self._graphs = DecodeGraphs(self._builder, inputs, self._decode, buckets, pool)
+            self._graphs = DecodeGraphs(self._builder, inputs, self._decode, self._decode_sizes, pool)
             if prefill_graphs:
                 tokens = RaggedInputs(self._seats, groups, ragged, self._device)
                 self._ragged = RaggedGraphs(self._builder, tokens, self._in_context, ragged, pool)
@@ -105,12 +105,18 @@ class PackedRunner:
         """Compile and capture now what later steps run; no page is touched."""
         if self._device.type == "cuda":
             for lens, seq_lens in self._dummies:
-                nothing = torch.zeros(sum(lens), dtype=torch.int64, device=self._device)
-                ends = torch.tensor([*accumulate(lens)], device=self._device) - 1
-                likeliest(self._in_context(self._builder.dummy(lens, seq_lens), nothing, nothing, ends))
+                self._run_dummy(lens, self._builder.dummy(lens, seq_lens))
+            for size in self._decode_sizes if self._graphs is None else ():
+                lens = (1,) * size
+                self._run_dummy(lens, self._builder.dummy(lens, lens, decode_only=True))
         for graphs in (self._ragged, self._graphs):
             if graphs is not None:
                 graphs.capture()
+
+    def _run_dummy(self, lens: Sequence[int], step: PackedStep) -> None:
+        nothing = torch.zeros(sum(lens), dtype=torch.int64, device=self._device)
+        ends = stage([end - 1 for end in accumulate(lens)], torch.int64, self._device)
+        likeliest(self._in_context(step, nothing, nothing, ends))
 
     def close(self) -> None:
         """Give the model its own attention and its layers back."""
