@@ -38,6 +38,10 @@ class DenseAttention(ReferenceAttention):
         weights = torch.softmax(scores.masked_fill(~seen[:, None], -1e30), dim=-1)
         return torch.einsum("bhk,bkhd->bhd", weights, values).to(query.dtype)
 
+    def forward_latent(self, query, latent_cache, rope_cache, metadata, call):
+        keys = torch.cat([latent_cache, rope_cache], dim=-1)
+        return self.forward(query, keys, latent_cache, metadata, call)
+
 
 class DenseMixers(ReferenceMixers):
     """One-step updates over all rows; rows without a page go through the null page and leave it as it was."""
@@ -161,9 +165,7 @@ class UncapturedRagged(RaggedGraphs):
         metadata = self._builder.captured_ragged_metadata(bucket)
         self._builder.fill_ragged(rows, bucket)
         self._inputs.fill(rows, seats, bucket)
-        logits, tokens = self._run(
-            bucket, self._builder.captured_ragged(bucket, metadata, self._inputs.states(bucket))
-        )
+        logits, tokens = self._run(bucket, self._builder.captured_ragged(bucket, metadata, self._inputs.states(bucket)))
         self.replayed.append((tuple(row.length for row in rows), bucket))
         sampled = sum(row.samples for row in rows)
         return logits[:sampled], tokens[:sampled]

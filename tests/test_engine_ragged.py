@@ -15,7 +15,9 @@ from engine_setup import make_ready
 from makeready.engines.transformers.packed.buckets import RaggedBucket, ragged_buckets
 from packed_setup import PARAMS, PackedRun, prompts
 
-FAMILIES = ("falcon_h1", "nemotron_h", "qwen3_next", "lfm2", "mamba2", "jamba", "llama", "gemma2")
+FAMILIES = (
+    "falcon_h1", "nemotron_h", "qwen3_next", "lfm2", "mamba2", "jamba", "llama", "gemma2", "kimi_linear", "zaya",
+)  # fmt: skip
 
 
 @pytest.fixture

@@ -62,17 +62,9 @@ def exchange_for(model: torch.nn.Module, traits: Traits, *, latents: bool = Fals
     """What packed forwards of ``model`` exchange.
 
     :param latents: whether attention reads stored latents, so that nothing expands them.
-    :raises UnsupportedModelError: for a family whose requests cannot be packed, or a transformers whose functions are
-        not there or take other arguments.
+    :raises UnsupportedModelError: for a transformers whose functions are not there or take other arguments.
     """
     module = sys.modules[type(model).__module__]
-    if traits.kernels is None:
-        raise UnsupportedModelError(
-            f"requests of {traits.model_type} cannot be packed: its state mixer has no kernel of makeready's",
-            option="packed_steps",
-            value=traits.model_type,
-            expected="a family with kernels for its mixers",
-        )
     functions = {name: ENTRY_POINTS[name] for name in traits.kernels}
     if traits.expand_latents is not None and latents:
         functions[traits.expand_latents] = keep_latents
