@@ -126,6 +126,10 @@ class AttentionBackend(ABC):
         """
         return self
 
+    def for_engine(self, engine: str) -> AttentionBackend:
+        """This backend as ``engine`` calls it, where that makes a difference."""
+        return self
+
     def refusals(self, request: LayerRequest, device: DeviceFacts) -> tuple[str, ...]:
         """What a layer asks that nothing installed here can serve, beyond :meth:`capabilities`; may probe."""
         return ()

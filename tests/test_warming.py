@@ -6,9 +6,9 @@ from hypothesis import strategies as st
 from makeready.engines.transformers.packed.warming import dummy_steps
 
 
-@given(st.integers(1, 20000), st.integers(1, 20000), st.integers(1, 300))
-def test_dummy_steps_are_steps_that_the_engine_may_run(max_tokens, max_model_len, max_rows):
-    steps = list(dummy_steps(max_tokens, max_model_len, max_rows))
+@given(st.integers(1, 20000), st.integers(1, 20000), st.integers(1, 300), st.sampled_from([0, 2048]))
+def test_dummy_steps_are_steps_that_the_engine_may_run(max_tokens, max_model_len, max_rows, captured):
+    steps = list(dummy_steps(max_tokens, max_model_len, max_rows, captured))
     assert len(steps) == len(set(steps)) or max_tokens < 42 or max_model_len < 42
     for lens, seq_lens in steps:
         assert len(lens) == len(seq_lens) <= max_rows
@@ -17,6 +17,8 @@ def test_dummy_steps_are_steps_that_the_engine_may_run(max_tokens, max_model_len
 
 
 def test_large_steps_come_by_powers_of_two():
-    sizes = [sum(lens) for lens, _ in dummy_steps(8192, 4224, 64)]
+    sizes = [sum(lens) for lens, _ in dummy_steps(8192, 4224, 64, 2048)]
     assert sizes[:3] == [2048, 4096, 8192]
-    assert (1, 5, 40, 41) in [lens for lens, _ in dummy_steps(8192, 4224, 64)]
+    sizes = [sum(lens) for lens, _ in dummy_steps(8192, 4224, 64, 0)]
+    assert sizes[:5] == [512, 1024, 2048, 4096, 8192]
+    assert (1, 5, 40, 41) in [lens for lens, _ in dummy_steps(8192, 4224, 64, 2048)]

@@ -89,7 +89,7 @@ def plan_decode(
     plan_kernel[(1,)](
         step.seq_lens, step.query_start, starts, first, count, step.num_requests, programs,
         HK=heads, FEWEST=fewest, QUERIES=queries, WINDOW=work.window, UNIT=unit, FIXED=config.fixed,
-        BLOCK_B=16 if step.num_requests <= 16 else 256, BLOCK_P=32, num_warps=8,
+        BLOCK_B=16 if step.num_requests <= 16 and queries == 1 else 256, BLOCK_P=32, num_warps=8,
     )  # fmt: skip
     return work
 

@@ -27,12 +27,8 @@ def capture(run: Run, pool: Any, warm_ups: int) -> Captured:
     :param pool: memory of graphs that are never replayed at the same time.
     :param warm_ups: runs before, which compile and load what a capture may not.
     """
-    stream: Any = torch.cuda.Stream()  # type: ignore[no-untyped-call]
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        for _ in range(warm_ups):
-            run()
-    torch.cuda.current_stream().wait_stream(stream)
+    for _ in range(warm_ups):  # on this stream: on a new one, cuBLAS would take another 32 MiB to work in
+        run()
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph, pool=pool):
         logits, tokens = run()

@@ -18,7 +18,7 @@ from ..ledger import StateLedger
 from ..records import Ready
 from ..scheduler import Step
 from .attention import EXPANDED, LATENTS, STORED, register
-from .buckets import decode_buckets, ragged_buckets
+from .buckets import TOKENS, decode_buckets, ragged_buckets
 from .building import StepBuilder
 from .cache import PackedCache
 from .choosing import likeliest
@@ -73,7 +73,12 @@ class PackedRunner:
         self._ledger = StateLedger()
         self._seats = Seats(scheduler.max_num_seqs, self._device)
         self._dummies = tuple(
-            dummy_steps(scheduler.max_num_batched_tokens, ready.max_model_len, scheduler.max_num_seqs)
+            dummy_steps(
+                scheduler.max_num_batched_tokens,
+                ready.max_model_len,
+                scheduler.max_num_seqs,
+                captured=TOKENS[-1] if prefill_graphs else 0,
+            )
         )
         ragged = ragged_buckets(scheduler.max_num_seqs, scheduler.max_num_batched_tokens)
         self._builder = StepBuilder(

@@ -14,11 +14,17 @@ _LONG, _SHORT, _FEW, _CONTEXT = 384, 40, 5, 4
 """Query tokens of a request: enough to copy its K and V, too few for that, few enough for decode; and keys a query."""
 
 
-def dummy_steps(max_tokens: int, max_model_len: int, max_rows: int) -> Iterator[tuple[Requests, Requests]]:
-    """Query tokens and keys of each request, step after step, within what the engine may run."""
+def dummy_steps(
+    max_tokens: int, max_model_len: int, max_rows: int, captured: int
+) -> Iterator[tuple[Requests, Requests]]:
+    """Query tokens and keys of each request, step after step, within what the engine may run.
+
+    :param captured: tokens up to which steps with prefill are captured; those need no large dummies.
+    """
     longest = min(max_tokens, max_model_len)
     most = min(max_tokens, max_rows * longest)
-    for tokens in sorted({*(1 << power for power in range(11, most.bit_length())), most}):
+    sizes = {1 << power for power in range(9, most.bit_length())}
+    for tokens in sorted({*(size for size in sizes if size >= captured), most}):
         lens = _split(tokens, longest)
         yield lens, lens
     chunk = max(min(_LONG, longest, max_model_len // _CONTEXT), 1)
