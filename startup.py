@@ -11,12 +11,13 @@ from typing import TYPE_CHECKING, Any
 
 from .attention_backends.host_kernels import vllm_backends
 from .attention_backends.interface import AttentionBackend, Probe
+from .attention_backends.workspace import StepLimits
 from .config import EngineConfig
 from .device import DeviceFacts
 from .engines.checkpoint import require_checkpoint
 from .errors import ConfigError, PlatformError, PluginError
 from .hybrid.mixers.backend import MixerBackend
-from .hybrid.mixers.selection import ModelMixers, choose_mixers, mixer_requests
+from .hybrid.mixers.selection import ModelMixers, Probes, choose_mixers, mixer_requests
 from .hybrid.model_specs import ModelSpec, read_model
 from .hybrid.replay_rings import Replay
 from .platforms.backends import choose_backends
@@ -335,15 +336,14 @@ def _require_offered(asked: str | None, offers: BackendOffers, *, auto_may_choos
 
 def _mixers(config: EngineConfig, spec: ModelSpec, around: _Surroundings) -> ModelMixers | None:
     """The kernels of the model's state layers."""
-    probes = None
-    if around.probes is not None:
-        probes = {backend.name: backend.probe(around.device) for backend in around.mixers}
+    offered = tuple(backend.configured(config.attention, around.device) for backend in around.mixers)
     return choose_mixers(
         mixer_requests(spec.layers, spec.dtype),
-        around.mixers,
+        offered,
         around.device,
         asked=config.attention.mixer_backend,
-        probes=probes,
+        batch_invariant=config.attention.batch_invariant,
+        probes=None if around.probes is None else Probes(offered, around.device),
     )
 
 
@@ -351,19 +351,28 @@ def _decide(
     config: EngineConfig, spec: ModelSpec, around: _Surroundings, mixers: ModelMixers | None
 ) -> tuple[Plan, Mapping[int, AttentionBackend]]:
     """A backend for every attention layer, then block size, pages and capacity."""
+    asks = spec.layer_requests(batch_invariant=config.attention.batch_invariant)
     chosen = choose_backends(
-        spec.layer_requests(),
+        asks,
         around.backends,
         around.device,
         order=around.platform.backend_order,
         asked=config.attention.asked_backend,
-        batch_invariant=config.attention.batch_invariant,
         probes=around.probes,
     )
     preferred = {
         backend.name: backend.get_preferred_block_size(around.device, around.platform.default_block_size)
         for backend in {backend.name: backend for backend in chosen.by_layer.values()}.values()
     }
+
+    def workspace(longest: int) -> int:
+        limits = StepLimits(
+            max_num_seqs=config.scheduler.max_num_seqs,
+            max_num_batched_tokens=config.scheduler.max_num_batched_tokens,
+            max_model_len=longest,
+        )
+        return chosen.workspace_bytes(asks, around.device, limits)
+
     request = block_size_request(spec, chosen.capabilities, config, preferred_block_sizes=preferred)
     decided = plan_model(
         spec,
@@ -371,8 +380,9 @@ def _decide(
         chosen.capabilities,
         config,
         around.device,
-        extra_constraints=around.plugins.block_size_constraints(request),
+        extra_constraints=(*around.plugins.block_size_constraints(request), *(mixers.constraints if mixers else ())),
         preferred_block_sizes=preferred,
+        workspace=workspace if spec.engine == "transformers" else None,
         reasons=(*around.reasons, *chosen.reasons, *(mixers.reasons if mixers else ())),
         refusals=(*around.refusals, *chosen.refusals, *(mixers.refusals if mixers else ())),
     )

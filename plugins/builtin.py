@@ -8,6 +8,7 @@ from ..attention_backends.interface import AttentionBackend
 from ..attention_backends.reference import ReferenceBackend
 from ..device import DeviceFacts
 from ..hybrid.mixers.backend import MixerBackend
+from ..hybrid.mixers.libraries import CausalConv1dBackend, FlaBackend, MambaSsmBackend
 from ..hybrid.mixers.reference import ReferenceMixerBackend
 from ..hybrid.mixers.triton import TritonMixerBackend
 from ..platforms.cpu import CPU
@@ -42,8 +43,14 @@ class MixerPlugin:
 
     @hookimpl
     def makeready_mixer_backends(self, device: DeviceFacts) -> tuple[MixerBackend, ...]:
-        """Triton's and the reference."""
-        return (TritonMixerBackend(), ReferenceMixerBackend())
+        """Triton's, those of libraries, and the reference."""
+        return (
+            TritonMixerBackend(),
+            FlaBackend(),
+            MambaSsmBackend(),
+            CausalConv1dBackend(),
+            ReferenceMixerBackend(),
+        )
 
 
 def builtin_plugins() -> tuple[tuple[str, object], ...]:

@@ -177,7 +177,7 @@ def use_uncaptured_ragged(engine) -> UncapturedRagged:
     scheduler = engine._driver._scheduler._config
     buckets = ragged_buckets(scheduler.max_num_seqs, scheduler.max_num_batched_tokens)
     inputs = RaggedInputs(runner._seats, runner._builder.state_groups, buckets, runner._device)
-    runner._ragged = UncapturedRagged(runner._builder, inputs, runner._in_context, buckets)
+    runner._ragged = UncapturedRagged(runner._builder, inputs, runner._prefill, buckets)
     return runner._ragged
 
 

@@ -23,6 +23,7 @@ from makeready.plugins.manager import load_plugins
 
 CPU, CUDA, XPU = (DeviceFacts(platform=name, device_type=name) for name in ("cpu", "cuda", "xpu"))
 BUILT_IN = (ReferenceMixerBackend(), TritonMixerBackend())
+BUILT_IN_NAMES = ["triton", "fla", "mamba-ssm", "causal-conv1d", "reference"]
 REQUESTS = (
     MixerRequest(layer=0, kind="mamba2", dtype="bfloat16", state_dtypes=("bfloat16", "float32")),
     MixerRequest(layer=2, kind="gdn", dtype="bfloat16", state_dtypes=("bfloat16", "float32")),
@@ -127,10 +128,10 @@ def replace_name(backend, name):
 
 def test_plugins_bring_kernels_and_rivals_are_named():
     plugins = load_plugins(entry_points=(), extra=(("vendor", VendorPlugin()),))
-    assert [offer.backend.name for offer in plugins.mixer_backends(CUDA).offered] == ["triton", "reference", "vendor"]
+    assert [offer.backend.name for offer in plugins.mixer_backends(CUDA).offered] == [*BUILT_IN_NAMES, "vendor"]
     for plugin, said in ((RivalPlugin(), "triton"), (WrongPlugin(), "makeready_mixer_backends")):
         offers = load_plugins(entry_points=(), extra=(("other", plugin),)).mixer_backends(CUDA)
-        assert [offer.backend.name for offer in offers.offered] == ["triton", "reference"]
+        assert [offer.backend.name for offer in offers.offered] == BUILT_IN_NAMES
         assert said in offers.problems[0].sentence()
 
 

@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from ...attention_backends.interface import Capabilities, Probe
+from ...cache.block_size import Constraint
+from ...config import AttentionConfig
 from ...device import DeviceFacts
 
 if TYPE_CHECKING:
@@ -41,6 +43,18 @@ class MixerBackend(ABC):
     @abstractmethod
     def mixers(self, device: DeviceFacts) -> frozenset[str]:
         """Kinds of state layers that they compute on ``device``."""
+
+    def configured(self, config: AttentionConfig, device: DeviceFacts) -> MixerBackend:
+        """These kernels as the user's settings make them; their capabilities say so from then on."""
+        return self
+
+    def why_not(self, kind: str) -> str | None:
+        """Why a kind of state layers is not among :meth:`mixers`, where there is more to say than that it is not."""
+        return None
+
+    def block_size_constraints(self, kinds: frozenset[str], device: DeviceFacts) -> tuple[Constraint, ...]:
+        """What the kernels of these kinds of state layers ask of the block size, each with its owner."""
+        return ()
 
     @abstractmethod
     def probe(self, device: DeviceFacts) -> Probe:

@@ -5,25 +5,28 @@ from __future__ import annotations
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass, field
 from itertools import pairwise
+from typing import TypeVar, cast
 
 import torch
 
 from ...errors import RequestError
 
+Made = TypeVar("Made")
+
 
 class StepTables:
-    """Index tensors that kernels derive from a step, made once and shared by all layers of the step."""
+    """What kernels derive from a step (index tensors, mostly), made once and shared by all layers of the step."""
 
     __slots__ = ("_made",)
 
     def __init__(self) -> None:
-        self._made: dict[Hashable, tuple[torch.Tensor, ...]] = {}
+        self._made: dict[Hashable, object] = {}
 
-    def get(self, key: Hashable, make: Callable[[], tuple[torch.Tensor, ...]]) -> tuple[torch.Tensor, ...]:
+    def get(self, key: Hashable, make: Callable[[], Made]) -> Made:
         """What ``make`` returned the first time that ``key`` was asked for."""
         if key not in self._made:
             self._made[key] = make()
-        return self._made[key]
+        return cast(Made, self._made[key])
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -97,14 +97,16 @@ class PackedRunner:
         self._decode_sizes = decode_buckets(scheduler.max_num_seqs)
         self._graphs: DecodeGraphs | None = None
         self._ragged: RaggedGraphs | None = None
+        self._aside: Any = None
         groups = self._builder.state_groups
         if cuda_graphs:
+            self._aside = torch.cuda.Stream()  # type: ignore[no-untyped-call]
             pool = torch.cuda.graph_pool_handle()
             inputs = DecodeInputs(self._seats, groups, scheduler.max_num_seqs, self._device)
             self._graphs = DecodeGraphs(self._builder, inputs, self._decode, self._decode_sizes, pool)
             if prefill_graphs:
                 tokens = RaggedInputs(self._seats, groups, ragged, self._device)
-                self._ragged = RaggedGraphs(self._builder, tokens, self._in_context, ragged, pool)
+                self._ragged = RaggedGraphs(self._builder, tokens, self._prefill, ragged, pool)
 
     def warm_up(self) -> None:
         """Compile and capture now what later steps run; no page is touched."""
@@ -164,12 +166,23 @@ class PackedRunner:
 
     def _decode(self, step: PackedStep, ids: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
         """Logits of every row of a step of decodes."""
-        return self._in_context(step, ids, positions, 0)
+        return self._in_context(step, ids, positions, 0, self._aside)
+
+    def _prefill(
+        self, step: PackedStep, ids: torch.Tensor, positions: torch.Tensor, ends: torch.Tensor
+    ) -> torch.Tensor:
+        """Logits of the tokens ``ends`` of a captured step with prefill."""
+        return self._in_context(step, ids, positions, ends, self._aside)
 
     def _in_context(
-        self, step: PackedStep, ids: torch.Tensor, positions: torch.Tensor, keep: torch.Tensor | int
+        self,
+        step: PackedStep,
+        ids: torch.Tensor,
+        positions: torch.Tensor,
+        keep: torch.Tensor | int,
+        aside: torch.cuda.Stream | None = None,
     ) -> torch.Tensor:
-        context = ForwardContext(self._binding, self._kernels, step)
+        context = ForwardContext(self._binding, self._kernels, step, aside)
         with self._exchange.active(), self._limits(), forward_of(context):
             logits = self._logits(ids, positions, keep)
         context.check_complete()

@@ -6,7 +6,7 @@ from importlib.util import find_spec
 from typing import TYPE_CHECKING
 
 from ....attention_backends.interface import Capabilities, Probe
-from ....config import DTYPES
+from ....config import DTYPES, AttentionConfig
 from ....device import DeviceFacts
 from ..backend import MIXERS, MixerBackend
 
@@ -19,9 +19,22 @@ class ReferenceMixerBackend(MixerBackend):
 
     name = "reference"
 
+    def __init__(self, *, alone: bool = False) -> None:
+        self._alone = alone
+
     def capabilities(self, device: DeviceFacts) -> Capabilities:
-        """All plain dtypes; a long request is computed alone, but torch may batch decodes as it likes."""
-        return Capabilities(name=self.name, dtypes=frozenset(DTYPES), kv_cache_dtypes=frozenset(DTYPES), is_ssm=True)
+        """All plain dtypes; batch invariant once it is asked."""
+        return Capabilities(
+            name=self.name,
+            dtypes=frozenset(DTYPES),
+            kv_cache_dtypes=frozenset(DTYPES),
+            is_ssm=True,
+            batch_invariant=self._alone,
+        )
+
+    def configured(self, config: AttentionConfig, device: DeviceFacts) -> ReferenceMixerBackend:
+        """With ``batch_invariant`` each request is computed alone, since torch may batch decodes as it likes."""
+        return ReferenceMixerBackend(alone=config.batch_invariant)
 
     def mixers(self, device: DeviceFacts) -> frozenset[str]:
         """All that the interface has."""
@@ -37,4 +50,4 @@ class ReferenceMixerBackend(MixerBackend):
         """Nothing is compiled or allocated."""
         from .kernels import ReferenceMixers
 
-        return ReferenceMixers()
+        return ReferenceMixers(alone=self._alone)

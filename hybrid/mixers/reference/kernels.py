@@ -8,13 +8,21 @@ from ..batch import StateBatch
 from ..checks import check_conv, check_delta, check_mamba2, grouped
 from ..interface import NO_LIMIT, MixerKernels
 from . import conv, delta, ssm
+from .alone import one_by_one
 
 
 class ReferenceMixers(MixerKernels):
-    """Eager torch operations: decodes together, longer requests one after the other."""
+    """Eager torch operations: decodes together, longer requests one after the other.
+
+    :param alone: every request by itself, so that its bits do not depend on the others of its step.
+    """
 
     name = "reference"
 
+    def __init__(self, *, alone: bool = False) -> None:
+        self.alone = alone
+
+    @one_by_one("x")
     def causal_conv(
         self,
         x: torch.Tensor,
@@ -29,6 +37,7 @@ class ReferenceMixers(MixerKernels):
         check_conv(x, weight, bias, state, batch, activation)
         return conv.causal_conv(x, weight, bias, state, batch, activation)
 
+    @one_by_one("x", "dt", "B", "C", "z")
     def mamba2(
         self,
         x: torch.Tensor,
@@ -53,6 +62,7 @@ class ReferenceMixers(MixerKernels):
         y = ssm.mamba2(x, dt, A, B, C, state, batch, steps=steps, chunk_size=chunk_size)
         return ssm.skip_and_gate(y, x, D, z, batch)
 
+    @one_by_one("x", "dt", "B", "C", "z")
     def mamba1(
         self,
         x: torch.Tensor,
@@ -74,6 +84,7 @@ class ReferenceMixers(MixerKernels):
         y = ssm.mamba1(x, dt, A, B, C, state, batch, steps=steps)
         return ssm.skip_and_gate(y, x, D, z, batch)
 
+    @one_by_one("q", "k", "v", "g", "beta")
     def gated_delta(
         self,
         q: torch.Tensor,
@@ -91,6 +102,7 @@ class ReferenceMixers(MixerKernels):
         check_delta(q, k, v, g, beta, state, batch)
         return _delta(q, k, v, g.float().unsqueeze(-1), beta, state, batch, l2norm, scale)
 
+    @one_by_one("q", "k", "v", "g", "beta")
     def kda(
         self,
         q: torch.Tensor,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from importlib.util import find_spec
 from typing import TYPE_CHECKING
 
@@ -10,6 +9,7 @@ from ....attention_backends.interface import Capabilities, Probe
 from ....config import DTYPES
 from ....device import DeviceFacts
 from ..backend import MIXERS, MixerBackend
+from ..environment import interpreted
 
 if TYPE_CHECKING:
     from ..interface import MixerKernels
@@ -51,8 +51,3 @@ class TritonMixerBackend(MixerBackend):
         from .mixers import TritonMixers
 
         return TritonMixers()
-
-
-def interpreted() -> bool:
-    """Whether the environment asks Triton to interpret kernels on the host."""
-    return os.environ.get("TRITON_INTERPRET") == "1"

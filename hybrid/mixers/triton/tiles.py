@@ -11,7 +11,7 @@ from typing import Any
 import torch
 import triton.language as tl
 
-from .backend import interpreted
+from ..environment import interpreted
 
 _OPERANDS = {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
 
