@@ -13,12 +13,13 @@ import triton.language as tl
 from ....device import DeviceFacts
 from ...interface import AttentionCall
 from ...metadata import StepMetadata
+from .configs import LATENT_HEADS
 from .items import tile_items
 from .latent import latent_kernel, latent_sum_kernel
 from .launch import LOG2E
 
-HEADS, ROWS = 32, 64
-"""Query heads of a program, and rows (query token, query head) of one that takes several tokens."""
+ROWS = 64
+"""Rows (query token, query head) of a program that takes several query tokens."""
 TILE, SMALL_TILE = 32, 16
 """Latents of one step of a program: on Hopper, and where shared memory may be 99 KB."""
 MOST_SPLITS = 32
@@ -60,7 +61,7 @@ def plan_latent(
 
 def heads_of_program(heads: int) -> int:
     """Query heads that a program takes: a power of two, enough for a matrix product."""
-    return max(16, min(HEADS, int(triton.next_power_of_2(heads))))
+    return max(16, min(LATENT_HEADS, int(triton.next_power_of_2(heads))))
 
 
 def attend_latents(
