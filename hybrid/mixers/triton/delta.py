@@ -61,10 +61,12 @@ def delta(
         EXACT="ieee" if v.dtype == torch.float32 else "tf32x3", **(_CHANNELS if channels else _HEADS).options(v.device),
     )  # fmt: skip
     options = {"BLOCK_V": scan.rows, **scan.options(v.device)}
-    walks = (-(-width // scan.rows), heads, batch.num_requests)
+    ragged = batch.first_ragged
+    walks = (-(-width // scan.rows), heads, batch.num_requests - ragged)
+    longer = tuple(part[ragged:] for part in where)
     if channels:
         kda_scan[walks](
-            q, k, v, g, beta, pairs[0], pairs[1], state, out, *where, size, width, scale,
+            q, k, v, g, beta, pairs[0], pairs[1], state, out, *longer, size, width, scale,
             *sides, *v.stride()[:2], *decays, *pairs.stride()[1:3], *state.stride(), *out.stride()[:2],
             **shared, **blocks, NORMALISE=l2norm, **options,
         )  # fmt: skip
@@ -72,7 +74,8 @@ def delta(
     before = torch.empty(count, heads, size, width, dtype=v.dtype, device=v.device)
     written = torch.empty(v.shape, dtype=v.dtype, device=v.device)
     delta_states[walks](
-        k, v, beta, pairs[0], lines[0], lines[1:], state, before, written, *where, firsts, size, width, tokens,
+        k, v, beta, pairs[0], lines[0], lines[1:], state, before, written, *longer, firsts[ragged:],
+        size, width, tokens,
         *k.stride()[:2], *v.stride()[:2], beta.stride(0), *pairs.stride()[1:3], *state.stride(),
         *before.stride()[:3], *written.stride()[:2], **shared, **blocks, **options,
     )  # fmt: skip

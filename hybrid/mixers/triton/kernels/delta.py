@@ -97,7 +97,7 @@ def delta_step(
     tl.store(target, y.to(out.dtype.element_ty), mask=columns)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_tokens"])
 def delta_prepare(
     q, k, g, beta, inverses, weights, totals, lengths, chunks,
     key_size, num_tokens, scale,
@@ -163,7 +163,7 @@ def delta_prepare(
     tl.store(inverses + pairs, inverse.to(inverses.dtype.element_ty), mask=valid[:, None])
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_tokens"])
 def delta_states(
     k, v, beta, inverses, totals, lengths, state, before, written, slots, fresh, query_start, firsts,
     key_size, width, num_tokens,
@@ -228,7 +228,7 @@ def delta_states(
     tl.store(state + page, s.to(state.dtype.element_ty), mask=inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_tokens"])
 def delta_outputs(
     q, weights, totals, lengths, before, written, out, slots, fresh, chunks,
     key_size, width, num_tokens,
