@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 import weakref
 
 import pytest
@@ -23,7 +24,12 @@ CALL = (None, 1.0, True, None, None)
 
 
 def layer(
-    *, fed_by_mixer: bool = False, feeds_mixer: bool = False, writes: bool = False, twice: bool = False
+    *,
+    fed_by_mixer: bool = False,
+    feeds_mixer: bool = False,
+    writes: bool = False,
+    adds: bool = False,
+    twice: bool = False,
 ) -> GraphModule:
     """A parallel hybrid's layer: a convolution, then attention over what rotary makes of x, then their sum."""
     ops, graph = operators(), Graph()
@@ -33,6 +39,8 @@ def layer(
     mixed = graph.call_function(ops.causal_conv.default, (early if feeds_mixer else x, weight, None, None))
     if writes:
         graph.call_method("mul_", (x, 2.0))
+    if adds:
+        graph.call_function(operator.iadd, (x, mixed))
     turned = graph.call_function(torch.cos, (mixed if fed_by_mixer else x,))
     attended = early if feeds_mixer else graph.call_function(ops.attention.default, (turned, x, x, *CALL))
     if twice:
@@ -86,7 +94,7 @@ def test_compiled_code_gives_memory_of_attention_aside_to_nobody(monkeypatch):
     assert patches["inplace_buffers"] is False
 
 
-@pytest.mark.parametrize("why", ["fed_by_mixer", "feeds_mixer", "writes", "twice"])
+@pytest.mark.parametrize("why", ["fed_by_mixer", "feeds_mixer", "writes", "adds", "twice"])
 def test_attention_stays_where_order_matters(why):
     module = layer(**{why: True})
     before = names(module)

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import operator
 from typing import Any
 
 from torch.fx import Graph, GraphModule, Node
 
 from .ops import operators
+from .writing import writes
 
 _MIXERS = ("causal_conv", "mamba1", "mamba2", "gated_delta", "kda")
 
@@ -21,7 +21,7 @@ def overlap_attention(module: GraphModule) -> int:
     """
     graph, ops = module.graph, operators()
     calls = [node for node in graph.nodes if node.target in _forms(ops.attention)]
-    if len(calls) != 1 or any(_writes(node) for node in graph.nodes):
+    if len(calls) != 1 or any(writes(node) for node in graph.nodes):
         return 0
     mixers = {form for name in _MIXERS for form in _forms(getattr(ops, name))}
     made = 0
@@ -68,9 +68,3 @@ def _all(node: Node, side: str) -> set[Node]:
                 found.add(other)
                 todo.append(other)
     return found
-
-
-def _writes(node: Node) -> bool:
-    return node.target is operator.setitem or (
-        node.op == "call_method" and str(node.target).endswith("_") and not str(node.target).endswith("__")
-    )
