@@ -72,13 +72,9 @@ class PackedRunner:
         self._device = model.device
         self._ledger = StateLedger()
         self._seats = Seats(scheduler.max_num_seqs, self._device)
+        largest = TOKENS[-1] if prefill_graphs else 0
         self._dummies = tuple(
-            dummy_steps(
-                scheduler.max_num_batched_tokens,
-                ready.max_model_len,
-                scheduler.max_num_seqs,
-                captured=TOKENS[-1] if prefill_graphs else 0,
-            )
+            dummy_steps(scheduler.max_num_batched_tokens, ready.max_model_len, scheduler.max_num_seqs, largest)
         )
         ragged = ragged_buckets(scheduler.max_num_seqs, scheduler.max_num_batched_tokens)
         self._builder = StepBuilder(
