@@ -93,7 +93,9 @@ def test_chunks_beside_captured_decodes():
 
 
 @pytest.mark.parametrize("tokens", [9, 40, 64])
-@pytest.mark.parametrize("family", ["falcon_h1", "nemotron_h", "qwen3_next", "mamba2", "lfm2", "jamba", "llama"])
+@pytest.mark.parametrize(
+    "family", ["falcon_h1", "nemotron_h", "qwen3_next", "mamba2", "jamba", "llama", "kimi_linear", "zaya"]
+)
 def test_captured_prefill(family, tokens):
     options = {} if family == "llama" else {"mixer_backend": "triton"}
     check(family, max_num_batched_tokens=tokens, **options, **modes(False, True, True))
