@@ -96,7 +96,7 @@ def test_peak_memory_of_a_step_is_within_what_is_declared(backend, step, invaria
     (device,) = probe_cuda().devices
     lens, queries = step
     heads, size = (32, 8), 128
-    case = make_case(lens, queries, heads=heads, head_size=size, dtype=torch.bfloat16, device="cuda", slots=1)
+    case = make_case(lens, queries, heads=heads, head_size=size, dtype=torch.bfloat16, device="cuda")
     limits = StepLimits(max_num_seqs=4, max_num_batched_tokens=sum(queries), max_model_len=max(lens))
     asked = request_of(heads, size, batch_invariant=invariant)
     impl = backend.build(
