@@ -21,6 +21,7 @@ from .attention import EXPANDED, LATENTS, STORED, register
 from .buckets import TOKENS, decode_buckets, ragged_buckets
 from .building import StepBuilder
 from .cache import PackedCache
+from .capturing import nothing_collected
 from .choosing import likeliest
 from .context import ForwardContext, PackedStep, forward_of
 from .decode_inputs import DecodeInputs
@@ -112,9 +113,11 @@ class PackedRunner:
             for size in self._decode_sizes if self._graphs is None else ():
                 lens = (1,) * size
                 self._run_dummy(lens, self._builder.dummy(lens, lens, decode_only=True))
-        for graphs in (self._ragged, self._graphs):
-            if graphs is not None:
-                graphs.capture()
+        captured = [graphs for graphs in (self._ragged, self._graphs) if graphs is not None]
+        if captured:
+            with nothing_collected():
+                for graphs in captured:
+                    graphs.capture()
 
     def _run_dummy(self, lens: Sequence[int], step: PackedStep) -> None:
         nothing = torch.zeros(sum(lens), dtype=torch.int64, device=self._device)
