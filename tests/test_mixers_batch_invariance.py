@@ -103,18 +103,26 @@ def test_steps_of_decodes(kernels, kind, dtype):
 
 
 @pytest.mark.skipif(not HAS_TRITON, reason="needs a CUDA device, or triton with TRITON_INTERPRET=1")
-@pytest.mark.parametrize("kind", ["mamba2", "mamba2_groups", "mamba1", "gdn", "kda", "lightning"])
+@pytest.mark.parametrize("kind", Mixer.kinds)
 def test_prefill_cut_where_kernels_cut(kind):
-    """With float32 states, a prefill in parts that are whole chunks of the kernels has the bits of one call."""
+    """With float32 states, a prefill in parts that are whole chunks of the kernels has the bits of one call.
+
+    mamba1 and convolutions go token by token: they may be cut anywhere.
+    """
     from makeready.hybrid.mixers.triton.mixers import TritonMixers
 
     dtype = torch.bfloat16 if DEVICE == "cuda" else torch.float32
-    chunk = {"gdn": 64, "kda": 16, "mamba1": 7}.get(kind, 128) if DEVICE == "cuda" else 7 if kind == "mamba1" else 32
+    whole = {"gdn": 64, "kda": 64} if DEVICE == "cuda" else {"gdn": 16, "kda": 16}
+    anywhere = {"mamba1": 7, "mamba1_heads": 7, "conv": 5, "conv_wide": 5}
+    chunk = (whole | anywhere).get(kind, 128 if DEVICE == "cuda" else 32)
     mixer = Mixer(kind, BIG.get(kind) if DEVICE == "cuda" else None)
     tokens = 4 * chunk + 3
     inputs = cast(mixer.inputs(tokens), dtype, DEVICE)
     results = []
-    for cuts in ([tokens], [chunk, 2 * chunk, chunk + 3], [3 * chunk, chunk + 3]):
+    cuttings = [[tokens], [chunk, 2 * chunk, chunk + 3], [3 * chunk, chunk + 3]]
+    if kind in anywhere:
+        cuttings.append([1, 1, 2, tokens - 5, 1])
+    for cuts in cuttings:
         state = torch.full((3, *mixer.state_shape), torch.nan, device=DEVICE)
         outs, start = [], 0
         for length in cuts:

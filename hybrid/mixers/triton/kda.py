@@ -1,0 +1,102 @@
+"""Launches of the kernels of Kimi delta attention for requests of several tokens."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from ..batch import StateBatch
+from .chunks import chunk_table
+from .kernels.kda import kda_inverses, kda_outputs, kda_pairs, kda_states
+from .tiles import Tile, power_of_two, products
+
+_STRONGEST = {torch.float16: -8.0}
+"""The sum of 16 log decays up to which tokens are compared by products, where exp of it has to fit float16."""
+_STRONGEST_WIDE = -60.0
+"""The same for dtypes with float32's range."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class KdaTiles:
+    """Programs of the four kernels; ``chunk`` tokens are taken at once."""
+
+    chunk: int
+    pairs: Tile
+    inverses: Tile
+    states: Tile
+    """``rows`` of V."""
+    outputs: Tile
+    """``rows`` of V."""
+
+
+def default_tiles(width: int, dtype: torch.dtype) -> KdaTiles:
+    """What shapes and dtypes call for."""
+    rows = power_of_two(width, 16)
+    if dtype == torch.float32:
+        tile = Tile(rows=min(32, rows))
+        return KdaTiles(chunk=16, pairs=Tile(rows=0), inverses=Tile(rows=0), states=tile, outputs=tile)
+    rows = min(64, rows)
+    return KdaTiles(
+        chunk=64,
+        pairs=Tile(rows=0, warps=2),
+        inverses=Tile(rows=0, warps=4),
+        states=Tile(rows=rows, warps=4, stages=2),
+        outputs=Tile(rows=rows, warps=4),
+    )
+
+
+def kda_prefill(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    g: torch.Tensor,
+    beta: torch.Tensor,
+    state: torch.Tensor,
+    batch: StateBatch,
+    out: torch.Tensor,
+    *,
+    l2norm: bool,
+    scale: float,
+    tiles: KdaTiles | None = None,
+) -> None:
+    """Outputs of the requests with several tokens into ``out`` (T, H, Dv), and their states into their pages."""
+    tokens, heads, width = v.shape
+    key_heads, size = k.shape[1:]
+    tiles = tiles or default_tiles(width, v.dtype)
+    length = tiles.chunk
+    chunks, firsts = chunk_table(batch, length, tokens)
+    count = chunks.shape[0]
+    like = {"dtype": v.dtype, "device": v.device}
+    sides = torch.empty(3, tokens, heads, size, **like)
+    alikes = torch.empty(tokens, heads, length, dtype=torch.float32, device=v.device)
+    pairs = torch.empty(2, tokens, heads, length, **like)
+    ends = torch.empty(count, heads, size, dtype=torch.float32, device=v.device)
+    before = torch.empty(count, heads, size, width, **like)
+    written = torch.empty(tokens, heads, width, **like)
+    blocks = {"BLOCK_K": power_of_two(size, 16), "BLOCK_L": length, **products(v.dtype)}
+    kda_pairs[(length // 16, heads, count)](
+        q, k, g, beta, *sides, ends, alikes, pairs[1], chunks, size, scale, _STRONGEST.get(v.dtype, _STRONGEST_WIDE),
+        *q.stride()[:2], *k.stride()[:2], *g.stride()[:2], beta.stride(0),
+        *sides.stride()[1:3], *ends.stride()[:2], *alikes.stride()[:2], *pairs.stride()[1:3],
+        HEADS_PER_KEY=heads // key_heads, NORMALISE=l2norm, **blocks, **tiles.pairs.options(v.device),
+    )  # fmt: skip
+    kda_inverses[(count, heads)](
+        alikes, pairs[0], chunks, *alikes.stride()[:2], *pairs.stride()[1:3], BLOCK_L=length,
+        EXACT="ieee" if v.dtype == torch.float32 else "tf32x3", **tiles.inverses.options(v.device),
+    )  # fmt: skip
+    reached, left, asked = sides
+    inverses, weights = pairs
+    tile = tiles.states
+    kda_states[(-(-width // tile.rows), heads, batch.num_requests)](
+        v, beta, reached, left, ends, inverses, state, before, written, batch.slots, batch.fresh, batch.query_start,
+        firsts, size, width, *v.stride()[:2], beta.stride(0),
+        *sides.stride()[1:3], *ends.stride()[:2], *pairs.stride()[1:3], *state.stride(), *before.stride()[:3],
+        *written.stride()[:2], **blocks, BLOCK_V=tile.rows, **tile.options(v.device),
+    )  # fmt: skip
+    tile = tiles.outputs
+    kda_outputs[(-(-width // tile.rows), heads, count)](
+        asked, weights, before, written, out, batch.slots, batch.fresh, chunks, size, width,
+        *sides.stride()[1:3], *pairs.stride()[1:3], *before.stride()[:3], *written.stride()[:2], *out.stride()[:2],
+        **blocks, BLOCK_V=tile.rows, **tile.options(v.device),
+    )  # fmt: skip
