@@ -152,6 +152,8 @@ def test_doctor_shows_mixers():
     assert by_name["reference"]["available"]
     assert by_name["triton"]["reason"].startswith("triton ")
     assert not by_name["triton"]["available"]
+    assert by_name["fla"]["reason"] == "flash-linear-attention has kernels for cuda, xpu, not for cpu"
+    assert list(by_name) == BUILT_IN_NAMES
 
 
 def test_choosing_imports_neither_torch_nor_triton():
