@@ -5,11 +5,12 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Callable
+from dataclasses import fields
 from typing import TYPE_CHECKING, Any
 
 import click
 
-from .config import KV_CACHE_DTYPES, LAYOUTS, MAMBA_CACHE_MODES, PAGE_STRATEGIES
+from .config import KV_CACHE_DTYPES, LAYOUTS, MAMBA_CACHE_MODES, PAGE_STRATEGIES, EngineConfig
 from .device import parse_bytes
 from .errors import ConfigError, MakereadyError
 
@@ -46,6 +47,22 @@ def _options(*decorators: Decorator) -> Decorator:
         return command
 
     return apply
+
+
+def _settings(*names: str) -> Decorator:
+    """Options for settings, with the type, the default and the words of their records."""
+    records = (type(getattr(EngineConfig(), part.name)) for part in fields(EngineConfig))
+    known = {setting.name: setting for record in records for setting in fields(record)}
+
+    def option(name: str) -> Decorator:
+        kind, doc = str(known[name].type), known[name].metadata["doc"]
+        value = bool if kind == "bool" else float if kind == "float" else int
+        usual = known[name].default
+        said = f"{doc[0].upper()}{doc[1:]}." + (f"  [default: {usual}]" if usual else "")
+        flag = f"--{name.replace('_', '-')}"
+        return click.option(flag, name, type=value, is_flag=value is bool, default=None, help=said)
+
+    return _options(*map(option, names))
 
 
 _JSON = click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead of text.")
@@ -100,6 +117,16 @@ _DECISIONS = _options(
     click.option("--dtype", default="auto", show_default=True, help="Dtype of weights and activations."),
     click.option("--max-model-len", type=int, help="Longest sequence, prompt and output together, in tokens."),
     click.option("--memory", "memory_bytes", callback=_size, help="Memory for the cache, such as 80GiB."),
+    _settings(
+        "memory_fraction",
+        "batch_invariant",
+        "flex_attn_block_m",
+        "flex_attn_block_n",
+        "flex_attn_q_block_size",
+        "flex_attn_kv_block_size",
+    ),
+    click.option("--device-memory", "device_memory_bytes", callback=_size, help="Total memory of the device."),
+    _settings("num_blocks", "max_num_seqs", "max_num_batched_tokens"),
 )
 
 
@@ -124,7 +151,6 @@ def cli() -> None:
 @click.option("--pipeline-parallel-size", "--pp", type=int, default=1, show_default=True, help="Stages of layers.")
 @click.option("--data-parallel-size", "--dp", type=int, default=1, show_default=True, help="Replicas of the model.")
 @click.option("--num-speculative-tokens", type=int, default=0, show_default=True, help="Draft tokens per step.")
-@click.option("--device-memory", "device_memory_bytes", callback=_size, help="Total memory of the device.")
 @click.option(
     "--engine",
     default="vllm",
@@ -137,6 +163,7 @@ def cli() -> None:
     default=None,
     help="Count for an engine that returns blocks which have left a sliding window.",
 )
+@_settings("extra_retained_tokens")
 @click.option("--mla-page-alignment", type=int, help="Bytes that pages of latents (MLA) are a multiple of.")
 @click.option(
     "--use-replayssm",
@@ -208,9 +235,7 @@ def plan(
 @click.option("--top-p", type=float, default=1.0, show_default=True, help="Draw from the smallest set this likely.")
 @click.option("--seed", type=int, help="The same seed draws the same tokens, whatever else runs.")
 @click.option("--platform", help="Platform to run on; the default is the best whose probe succeeds.")
-@click.option("--num-blocks", type=int, help="Blocks in the pool, instead of a memory budget.")
-@click.option("--max-num-seqs", type=int, help="Requests that run at the same time.")
-@click.option("--max-num-batched-tokens", type=int, help="Tokens of one step; longer prompts come in chunks.")
+@_settings("device_index")
 @click.option(
     "--packed-steps/--no-packed-steps",
     default=None,

@@ -11,23 +11,14 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from .config import EngineConfig
+from .config import ALIASES, EngineConfig
 from .device import format_bytes, parse_bytes
-from .errors import ConfigError, MakereadyError
+from .errors import ConfigError, MakereadyError, did_you_mean
 from .platforms.memory_use import mix_waste, request_memory, request_mixes
 from .platforms.plan import Plan
 from .plugins.manager import load_plugins
 from .startup import plan
 
-ALIASES = {
-    "tp": "tensor_parallel_size",
-    "pp": "pipeline_parallel_size",
-    "dp": "data_parallel_size",
-    "memory": "memory_bytes",
-    "device_memory": "device_memory_bytes",
-    "provider": "flash_provider",
-}
-"""Names of the command line that are not those of the settings."""
 SWITCH = {"true": True, "yes": True, "1": True, "on": True, "false": False, "no": False, "0": False, "off": False}
 SIZES = ("memory_bytes", "device_memory_bytes")
 MOST_VARIANTS = 64
@@ -64,13 +55,21 @@ def parse_axes(texts: Sequence[str]) -> dict[str, tuple[Any, ...]]:
         name, equals, values = text.partition("=")
         option = name.strip().lstrip("-").replace("-", "_")
         option = ALIASES.get(option, option)
-        if not equals or not values or option not in known:
+        if not equals or not values:
             raise ConfigError(
-                f"--compare {text!r} is not OPTION=VALUE,VALUE with an option of plan; options are "
-                f"{', '.join(sorted(name.replace('_', '-') for name in known))}",
+                f"--compare {text!r} is not OPTION=VALUE,VALUE, such as platform=cuda,xpu or tp=1,2,4",
                 option="--compare",
                 value=text,
                 expected="for example platform=cuda,xpu or tp=1,2,4",
+            )
+        if option not in known:
+            names = [name.replace("_", "-") for name in known]
+            hint = did_you_mean(option.replace("_", "-"), names)
+            raise ConfigError(
+                f"--compare {text!r} names no option of plan{hint}; `makeready plan --help` has all of them",
+                option="--compare",
+                value=text,
+                expected=sorted(names),
             )
         if option in axes:
             raise ConfigError(
@@ -117,12 +116,12 @@ def comparison_table(variants: Sequence[Variant]) -> RenderableType:
     lengths = sorted({n for v in variants if v.plan and v.plan.capacity for n in v.plan.capacity.concurrency})
     for length in lengths:
         table.add_column(f"x {length}", justify="right")
-    mixed = request_mixes()["512 lognormal"]
     for variant in variants:
         options = ["-" if value is None else str(value) for value in variant.options.values()]
         if variant.plan is None:
             table.add_row(*options, *["-"] * (6 + len(lengths)))
             continue
+        longest = variant.plan.max_model_len
         one, four = request_memory(variant.plan, 1), request_memory(variant.plan, 4096)
         counts = variant.plan.capacity.concurrency if variant.plan.capacity else {}
         table.add_row(
@@ -130,9 +129,9 @@ def comparison_table(variants: Sequence[Variant]) -> RenderableType:
             str(variant.plan.block_size),
             format_bytes(variant.plan.strategy.shape.block_bytes),
             format_bytes(one.total_bytes),
-            format_bytes(four.total_bytes),
-            f"{four.waste:.2%}",
-            f"{mix_waste(variant.plan, mixed):.2%}",
+            format_bytes(four.total_bytes) if longest >= four.tokens else "-",
+            f"{four.waste:.2%}" if longest >= four.tokens else "-",
+            f"{mix_waste(variant.plan, request_mixes(longest)['512 lognormal']):.2%}",
             *(str(counts.get(length, "-")) for length in lengths),
         )
     return Group(table, *_refusals(variants))

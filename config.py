@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, Literal, TypeVar
 
-from .errors import ConfigError
+from .errors import ConfigError, did_you_mean
 
 MambaCacheMode = Literal["none", "align", "all"]
 PAGE_STRATEGIES: tuple[str, ...] = ("unified", "subdivided")
@@ -18,7 +19,19 @@ KV_CACHE_DTYPES: tuple[str, ...] = (
     "auto", "float32", "bfloat16", "float16", "fp8", "fp8_e4m3", "fp8_e5m2", "nvfp4",
     "int8_per_token_head", "fp8_per_token_head", "int4_per_token_head", "fp8_ds_mla", "nvfp4_ds_mla",
 )  # fmt: skip
+LEAST_FLEX_BLOCK = 16
+"""Rows and columns of the smallest matrix product in Triton."""
 LAYOUTS: tuple[str, ...] = ("NHD", "HND", "cross_layer_NHD", "cross_layer_HND")
+
+ALIASES: Mapping[str, str] = MappingProxyType({
+    "tp": "tensor_parallel_size",
+    "pp": "pipeline_parallel_size",
+    "dp": "data_parallel_size",
+    "memory": "memory_bytes",
+    "device_memory": "device_memory_bytes",
+    "provider": "flash_provider",
+})  # fmt: skip
+"""Names of the command line that are not those of the settings."""
 
 T = TypeVar("T")
 
@@ -59,7 +72,7 @@ class CacheConfig:
     layout: str = setting("auto", "physical order: NHD, HND, cross_layer_NHD or cross_layer_HND")
     memory_bytes: int | None = setting(None, "memory for the cache; None derives it", "bytes")
     memory_fraction: float = setting(
-        0.9, "share of the device's memory for weights and cache when memory_bytes is None"
+        0.9, "share of the device's memory for weights, cache and what attention kernels take, without memory_bytes"
     )
     num_blocks: int | None = setting(None, "blocks in the pool, instead of a memory budget", "blocks")
     mamba_cache_mode: str = setting(
@@ -106,16 +119,16 @@ class AttentionConfig:
     )
     batch_invariant: bool = setting(False, "only backends whose output does not depend on the batch")
     flex_attn_block_m: int | None = setting(
-        None, "flex: query rows that one kernel program computes; power of two", "tokens"
+        None, "flex: query rows that one kernel program computes; power of two from 16", "tokens"
     )
     flex_attn_block_n: int | None = setting(
-        None, "flex: KV tokens that one kernel iteration loads; power of two", "tokens"
+        None, "flex: KV tokens that one kernel iteration loads; power of two from 16", "tokens"
     )
     flex_attn_q_block_size: int | None = setting(
         None, "flex: query block of the block mask; power of two, multiple of flex_attn_block_m", "tokens"
     )
     flex_attn_kv_block_size: int | None = setting(
-        None, "flex: KV block of the block mask; power of two, multiple of flex_attn_block_n", "tokens"
+        None, "flex: KV block of the block mask; power of two from 16, multiple of flex_attn_block_n", "tokens"
     )
 
     @property
@@ -186,15 +199,17 @@ class EngineConfig:
     def from_options(cls, **options: Any) -> EngineConfig:
         """A config from flat option names, as the command line has them.
 
-        :raises ConfigError: for an unknown name, naming the ones there are.
+        :raises ConfigError: for an unknown name, with those that come close.
         """
         parts = {part.name: type(getattr(cls(), part.name)) for part in fields(cls)}
         owners = {setting.name: part for part, record in parts.items() for setting in fields(record)}
         given: dict[str, dict[str, Any]] = {part: {} for part in parts}
         for name, value in options.items():
             if name not in owners:
+                hint = f", did you mean {ALIASES[name]}" if name in ALIASES else did_you_mean(name, owners)
                 raise ConfigError(
-                    f"option {name!r} is not known; known are {', '.join(sorted(owners))}",
+                    f"setting {name!r} is not known{hint}; `makeready plan --help`, `makeready launch --help` and "
+                    "docs/reference/settings.md have all of them",
                     option=name,
                     value=value,
                     expected=sorted(owners),
@@ -301,7 +316,7 @@ def _require_layers(option: str, value: object) -> None:
 def _require_one_of(option: str, value: str, allowed: tuple[str, ...]) -> None:
     if value not in allowed:
         raise ConfigError(
-            f"{option} {value!r} is not known; choose from {', '.join(allowed)}",
+            f"{option} {value!r} is not known{did_you_mean(str(value), allowed)}; choose from {', '.join(allowed)}",
             option=option,
             value=value,
             expected=list(allowed),
@@ -315,13 +330,17 @@ def _check_flex_blocks(attention: AttentionConfig) -> None:
     ):  # fmt: skip
         value = getattr(attention, option)
         _require_positive(option, value)
-        if value is not None and value & (value - 1):
-            below = 1 << (value.bit_length() - 1)
+        # A query block is no side of a matrix product: short ones are padded.
+        least = 1 if option == "flex_attn_q_block_size" else LEAST_FLEX_BLOCK
+        if value is not None and (value < least or value & (value - 1)):
+            below = max(least, 1 << (value.bit_length() - 1))
+            nearest = [below] if value < below else [below, 2 * below]
             raise ConfigError(
-                f"{option} {value} is not a power of two; nearest are {below} and {2 * below}",
+                f"{option} {value} is not a power of two{f' of at least {least}' if least > 1 else ''}, which flex's "
+                f"kernels need; nearest: {', '.join(map(str, nearest))}",
                 option=option,
                 value=value,
-                expected=[below, 2 * below],
+                expected=nearest,
             )
     for tile, block in (
         ("flex_attn_block_m", "flex_attn_q_block_size"),

@@ -20,6 +20,9 @@ _UNITS = {
     "TIB": 2**40,
 }
 
+LEAST_BARE_BYTES = 2**20
+"""A number without a unit below this is a slip: no cache and no device is that small."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DeviceFacts:
@@ -48,14 +51,15 @@ class DeviceFacts:
 
 
 def parse_bytes(text: str | int, *, option: str = "memory") -> int:
-    """Bytes from ``"80GiB"``, ``"512 MB"`` or a plain number.
+    """Bytes from ``"80GiB"``, ``"512 MB"``, ``"40e9"`` or a plain number.
 
-    :raises ConfigError: for anything else, or for a size that is not positive.
+    :raises ConfigError: for anything else, for a size that is not positive, or for a number without a unit that is so
+        small that another unit was meant.
     """
     if isinstance(text, int) and not isinstance(text, bool):
         value = text
     else:
-        match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*", str(text))
+        match = re.fullmatch(r"\s*(\d+(?:\.\d+)?(?:[eE]\d+)?)\s*([A-Za-z]*)\s*", str(text))
         if match is None or match.group(2).upper() not in _UNITS:
             raise ConfigError(
                 f"{option} {text!r} is not a size; write a number with a unit, such as 80GiB or 512MB",
@@ -63,11 +67,18 @@ def parse_bytes(text: str | int, *, option: str = "memory") -> int:
                 value=text,
                 expected="a number with B, KiB, MiB, GiB, TiB, KB, MB, GB or TB",
             )
-        value = int(float(match.group(1)) * _UNITS[match.group(2).upper()])
+        number, unit = match.groups()
+        value = int(float(number) * _UNITS[unit.upper()])
+        if not unit and 0 < value < LEAST_BARE_BYTES:
+            meant = f"{number}GiB" if value < 4096 else f"{number}KiB"
+            raise ConfigError(
+                f"{option} {text!r} has no unit and would be {value} bytes, did you mean {meant}; bytes are {number}B",
+                option=option,
+                value=text,
+                expected=f"a number with a unit, such as {meant}, or bytes from {LEAST_BARE_BYTES}",
+            )
     if value <= 0:
-        raise ConfigError(
-            f"{option} {text!r} must be larger than zero", option=option, value=text, expected="> 0"
-        )
+        raise ConfigError(f"{option} {text!r} must be larger than zero", option=option, value=text, expected="> 0")
     return value
 
 

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+from difflib import get_close_matches
+
 
 class MakereadyError(Exception):
     """Base of all errors that a caller can cause; the command line turns it into exit code 2.
@@ -84,3 +87,9 @@ class RequestError(MakereadyError, ValueError):
 
 class IntegrityError(MakereadyError, RuntimeError):
     """A block, slot or state was used by somebody who does not own it, or books do not balance."""
+
+
+def did_you_mean(word: str, known: Iterable[str]) -> str:
+    """``, did you mean X or Y`` with the names of ``known`` that come close to ``word``; empty where none does."""
+    close = get_close_matches(word, list(known), n=2)
+    return f", did you mean {' or '.join(close)}" if close else ""

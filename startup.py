@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from .attention_backends.host_kernels import vllm_backends
 from .attention_backends.interface import AttentionBackend, Probe
+from .attention_backends.workspace import StepLimits
 from .config import EngineConfig
 from .device import DeviceFacts
 from .engines.checkpoint import require_checkpoint
@@ -348,19 +349,28 @@ def _decide(
     config: EngineConfig, spec: ModelSpec, around: _Surroundings, mixers: ModelMixers | None
 ) -> tuple[Plan, Mapping[int, AttentionBackend]]:
     """A backend for every attention layer, then block size, pages and capacity."""
+    asks = spec.layer_requests(batch_invariant=config.attention.batch_invariant)
     chosen = choose_backends(
-        spec.layer_requests(),
+        asks,
         around.backends,
         around.device,
         order=around.platform.backend_order,
         asked=config.attention.asked_backend,
-        batch_invariant=config.attention.batch_invariant,
         probes=around.probes,
     )
     preferred = {
         backend.name: backend.get_preferred_block_size(around.device, around.platform.default_block_size)
         for backend in {backend.name: backend for backend in chosen.by_layer.values()}.values()
     }
+
+    def workspace(longest: int) -> int:
+        limits = StepLimits(
+            max_num_seqs=config.scheduler.max_num_seqs,
+            max_num_batched_tokens=config.scheduler.max_num_batched_tokens,
+            max_model_len=longest,
+        )
+        return chosen.workspace_bytes(asks, around.device, limits)
+
     request = block_size_request(spec, chosen.capabilities, config, preferred_block_sizes=preferred)
     decided = plan_model(
         spec,
@@ -370,6 +380,7 @@ def _decide(
         around.device,
         extra_constraints=(*around.plugins.block_size_constraints(request), *(mixers.constraints if mixers else ())),
         preferred_block_sizes=preferred,
+        workspace=workspace if spec.engine == "transformers" else None,
         reasons=(*around.reasons, *chosen.reasons, *(mixers.reasons if mixers else ())),
         refusals=(*around.refusals, *chosen.refusals, *(mixers.refusals if mixers else ())),
     )

@@ -16,6 +16,7 @@ from ..cache.specs import AttentionSpec
 from ..config import AttentionConfig
 from ..device import DeviceFacts
 from ..errors import BackendError
+from .workspace import StepLimits, Workspace
 
 if TYPE_CHECKING:
     import torch
@@ -84,6 +85,8 @@ class LayerRequest:
     soft_cap: float | None = None
     sinks: bool = False
     encoder_only: bool = False
+    batch_invariant: bool = False
+    """True if its output may not depend on what else is in the batch."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -126,6 +129,13 @@ class AttentionBackend(ABC):
         """
         return self
 
+    def declared_refusals(self, request: LayerRequest, device: DeviceFacts) -> tuple[str, ...]:
+        """What a layer asks that is never served on ``device`` and that :meth:`capabilities` has no word for.
+
+        No probing: a plan asks it, and so refuses what a build would.
+        """
+        return ()
+
     def refusals(self, request: LayerRequest, device: DeviceFacts) -> tuple[str, ...]:
         """What a layer asks that nothing installed here can serve, beyond :meth:`capabilities`; may probe."""
         return ()
@@ -138,6 +148,10 @@ class AttentionBackend(ABC):
         """The smallest block size, in tokens, that this backend would choose, from the platform's ``default``."""
         multiple = self.capabilities(device).kernel_block_multiple
         return -(-default // multiple) * multiple
+
+    def workspace(self, request: LayerRequest, device: DeviceFacts, limits: StepLimits) -> Workspace:
+        """What the kernels of such layers take beside the cache, at most; a memory budget leaves room for it."""
+        return Workspace()
 
     @abstractmethod
     def probe(self, device: DeviceFacts) -> Probe:

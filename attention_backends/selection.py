@@ -65,14 +65,12 @@ def select_backend(
     device: DeviceFacts,
     *,
     asked: str | None = None,
-    batch_invariant: bool = False,
     probes: Mapping[str, Probe] | None = None,
 ) -> Selection:
     """The backend of a layer: the one asked for, or the first candidate that can serve.
 
     :param candidates: best first.
     :param asked: a backend's name; it serves or this raises, nothing takes its place.
-    :param batch_invariant: only backends whose output does not depend on the batch.
     :param probes: per backend name what its probe found; ``None`` plans without the device and assumes that
         everything is installed.
     :raises BackendError: for an unknown name, or when nothing can serve, with every reason.
@@ -92,8 +90,8 @@ def select_backend(
             continue
         capabilities = candidate.capabilities(device)
         reasons = list(refusals(capabilities, request))
-        if batch_invariant and not capabilities.batch_invariant:
-            reasons.append(f"batch_invariant is asked, and the output of {candidate.name} depends on the batch")
+        if not reasons:
+            reasons += candidate.declared_refusals(request, device)
         reasons += _probe_refusals(candidate.name, probes)
         if not reasons and probes is not None:
             reasons += candidate.refusals(request, device)
@@ -183,7 +181,10 @@ def _missing(capabilities: Capabilities, request: LayerRequest) -> list[str]:
         (request.encoder_only, capabilities.encoder_only, "attention without a causal mask, and the layer asks it"),
         (spec.mla, capabilities.mla, f"latent attention (MLA), and the layer stores a latent of {spec.head_size}"),
     )
-    return [f"{name} has no {sentence}" for wanted, declared, sentence in asked if wanted and not declared]
+    found = [f"{name} has no {sentence}" for wanted, declared, sentence in asked if wanted and not declared]
+    if request.batch_invariant and not capabilities.batch_invariant:
+        found.append(f"batch_invariant is asked, and the output of {name} depends on the batch")
+    return found
 
 
 def _probe_refusals(name: str, probes: Mapping[str, Probe] | None) -> list[str]:

@@ -39,12 +39,13 @@ def write_kv(
     :param slot_mapping: (T,) int64; every slot but -1 at most once.
     :param scales: of K and V: what is stored is the number divided by its scale.
     :param rotary: cosine and sine, (T, R / 2) each: the first R numbers of every head of K turn, halves paired.
-    :raises ConfigError: for shapes or dtypes that do not fit each other.
+    :raises ConfigError: for shapes or dtypes that do not fit each other; integers are stored as they are.
     :raises IntegrityError: for a slot outside the cache, on the CPU. To look would make the host wait elsewhere: the
         Triton kernel skips every negative slot and writes to any other, so slots must come from the block table.
     """
-    _check_fit("key", key, key_cache, slot_mapping)
-    _check_fit("value", value, value_cache, slot_mapping)
+    for name, rows, stored in (("key", key, key_cache), ("value", value, value_cache)):
+        _check_shape(name, rows, stored, slot_mapping)
+        _check_dtype(name, rows, stored, "scales" if scales else "rotary" if rotary and name == "key" else None)
     if rotary is not None:
         _check_rotary(key, *rotary)
     num_blocks, block_size = key_cache.shape[:2]
@@ -134,7 +135,7 @@ def _cast(rows: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     return rows.clamp(limits.min, limits.max).to(dtype)
 
 
-def _check_fit(name: str, rows: torch.Tensor, cache: torch.Tensor, slots: torch.Tensor) -> None:
+def _check_shape(name: str, rows: torch.Tensor, cache: torch.Tensor, slots: torch.Tensor) -> None:
     expected = (*slots.shape, *cache.shape[2:])
     if rows.shape != expected or slots.dim() != 1:
         raise ConfigError(
@@ -143,12 +144,29 @@ def _check_fit(name: str, rows: torch.Tensor, cache: torch.Tensor, slots: torch.
             value=tuple(rows.shape),
             expected=expected,
         )
-    if not (rows.dtype.is_floating_point and cache.dtype.is_floating_point) and rows.dtype != cache.dtype:
+
+
+def _check_dtype(name: str, rows: torch.Tensor, cache: torch.Tensor, arithmetic: str | None) -> None:
+    """Numbers are cast, scaled and turned as floating-point numbers only.
+
+    :param arithmetic: the option that asks for arithmetic on the rows.
+    """
+    if rows.dtype.is_floating_point and cache.dtype.is_floating_point:
+        return
+    if rows.dtype != cache.dtype:
         raise ConfigError(
-            f"{name} is {rows.dtype} and its cache {cache.dtype}: they need scales, which nobody gave",
+            f"{name} is {rows.dtype} and its cache {cache.dtype}: write_kv casts between floating-point dtypes only, "
+            f"with scales or without; quantise the rows to {cache.dtype}, or use a floating-point cache",
             option=name,
             value=str(rows.dtype),
             expected=str(cache.dtype),
+        )
+    if arithmetic is not None:
+        raise ConfigError(
+            f"{arithmetic} came with a {name} of {rows.dtype}, and integers are stored as they are; leave it out",
+            option=arithmetic,
+            value=str(rows.dtype),
+            expected="floating-point rows",
         )
 
 

@@ -10,6 +10,8 @@ import torch
 import triton
 import triton.language as tl
 
+from ..early_launch import early_launch
+
 ELEMENTS = 8192
 """Elements of K (and of V) that one program moves. H200, 8192 tokens x 8 heads x 128, bf16: 0.92 of a copy's bandwidth
 with 1024, 0.95 with 2048 to 8192, 0.96 with 16384 (benchmarks/LOG.md)."""
@@ -40,8 +42,9 @@ def _store_rows(
         x = (x.to(tl.float32) * cos + sign * y * sin).to(x.dtype)
     if SCALED:
         x = x.to(tl.float32) / scale
-    if LIMIT:
-        x = tl.minimum(tl.maximum(x.to(tl.float32), -limit), limit)
+    if LIMIT:  # NaN stays NaN, as torch.clamp leaves it
+        x = tl.maximum(x.to(tl.float32), -limit, propagate_nan=tl.PropagateNan.ALL)
+        x = tl.minimum(x, limit, propagate_nan=tl.PropagateNan.ALL)
     block = (slot // BLOCK_SIZE)[:, None, None]
     to = block * c_b + (slot % BLOCK_SIZE)[:, None, None] * c_t + head[None, :, None] * c_h + d[None, None, :]
     tl.store(cache_ptr + to, x.to(cache_ptr.dtype.element_ty), mask=ok)
@@ -53,9 +56,12 @@ def write_kernel(
     num_tokens, k_t, k_h, v_t, v_h, kc_b, kc_t, kc_h, vc_b, vc_t, vc_h, cs_t, limit,
     BLOCK_SIZE: tl.constexpr, HEADS: tl.constexpr, HEADS_P: tl.constexpr, D: tl.constexpr, DP: tl.constexpr,
     DV: tl.constexpr, DVP: tl.constexpr, ROWS: tl.constexpr, ROTARY: tl.constexpr,
-    LIMIT: tl.constexpr, SCALED: tl.constexpr,
+    LIMIT: tl.constexpr, SCALED: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
     """A program moves ROWS tokens of HEADS_P heads."""
+    if EARLY:
+        tl.extra.cuda.gdc_launch_dependents()
+        tl.extra.cuda.gdc_wait()
     token = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     head = tl.program_id(1) * HEADS_P + tl.arange(0, HEADS_P)
     slot = tl.load(slot_ptr + token, mask=token < num_tokens, other=-1).to(tl.int64)
@@ -101,5 +107,5 @@ def write_rows(
         *key_cache.stride()[:3], *value_cache.stride()[:3], cos.stride(0) if cos is not None else 0, limit,
         BLOCK_SIZE=key_cache.shape[1], HEADS=heads, HEADS_P=heads_padded, D=width, DP=padded, DV=width_v, DVP=padded_v,
         ROWS=rows_of_program, ROTARY=0 if cos is None else 2 * cos.shape[-1], LIMIT=narrow, SCALED=scales is not None,
-        num_warps=4,
+        num_warps=4, **early_launch(key.device),
     )  # fmt: skip

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from ..errors import ModelConfigError
@@ -23,21 +24,28 @@ class ConfigFields:
     values: Mapping[str, Any]
     folder: Path | None = None
     """Where the configuration was found, with weights beside it or not; ``None`` for a dict or a preset."""
+    borrowed: Mapping[str, str] = field(default_factory=dict)
+    """Where fields came from that ``source`` itself does not have."""
 
     def has(self, name: str) -> bool:
         """True if the field is there and not null."""
         return self.values.get(name) is not None
 
+    def written(self, *names: str) -> str | None:
+        """The first of ``names`` that is there and not null, as the file has it."""
+        return next((name for name in names if self.has(name)), None)
+
     def first(self, *names: str) -> Any:
         """The value of the first of ``names`` that is there and not null, else ``None``."""
-        return next((self.values[name] for name in names if self.has(name)), None)
+        name = self.written(*names)
+        return None if name is None else self.values[name]
 
     def integer(self, *names: str, default: int | None = None, least: int = 1) -> int:
         """A whole number >= ``least`` under the first of ``names`` that is there.
 
         :raises ModelConfigError: if it is missing and has no default, or is something else.
         """
-        name = next((name for name in names if self.has(name)), None)
+        name = self.written(*names)
         if name is None:
             if default is not None:
                 return default
@@ -103,7 +111,7 @@ class ConfigFields:
         """The error for a field with an unusable value."""
         shown = repr(value) if len(repr(value)) < 80 else repr(value)[:77] + "..."
         return ModelConfigError(
-            f"{self.source}: field {name} is {shown}; expected {expected}",
+            f"{self.borrowed.get(name, self.source)}: field {name} is {shown}; expected {expected}",
             option=name,
             value=value,
             expected=expected,
@@ -158,8 +166,10 @@ def _text_part(fields: ConfigFields) -> ConfigFields:
     if not fields.has("text_config"):
         return fields
     inner = fields.part("text_config")
-    outer = {name: fields.values[name] for name in (*_SHARED, "model_type") if fields.has(name)}
-    return ConfigFields(inner.source, {**outer, **inner.values}, fields.folder)
+    shared = () if inner.written(*_SHARED) else _SHARED
+    outer = {name: fields.values[name] for name in (*shared, "model_type") if fields.has(name) and not inner.has(name)}
+    borrowed = MappingProxyType(dict.fromkeys(outer, fields.source))
+    return ConfigFields(inner.source, {**inner.values, **outer}, fields.folder, borrowed)
 
 
 def _is_list(value: object) -> bool:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
-from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +15,7 @@ from ..cache.specs import (
     resolve_kv_cache_dtype,
 )
 from ..config import DTYPES
-from ..errors import ConfigError, UnsupportedModelError
+from ..errors import ConfigError, UnsupportedModelError, did_you_mean
 from .attention_fields import attention_spec
 from .config_fields import ConfigFields, load_config
 from .families import FAMILIES, REFUSED, Family
@@ -77,10 +76,17 @@ class ModelSpec:
         """True if the model has attention and states."""
         return bool(self.attention_layers) and bool(self.state_layers)
 
-    def layer_requests(self) -> tuple[LayerRequest, ...]:
+    def layer_requests(self, *, batch_invariant: bool = False) -> tuple[LayerRequest, ...]:
         """What each attention layer asks of a backend."""
         return tuple(
-            LayerRequest(layer=layer.layer, spec=layer.spec, dtype=self.dtype, soft_cap=self.soft_cap, sinks=self.sinks)
+            LayerRequest(
+                layer=layer.layer,
+                spec=layer.spec,
+                dtype=self.dtype,
+                soft_cap=self.soft_cap,
+                sinks=self.sinks,
+                batch_invariant=batch_invariant,
+            )
             for layer in self.layers
             if isinstance(layer.spec, AttentionSpec)
         )
@@ -188,8 +194,7 @@ def _family(fields: ConfigFields) -> tuple[str, Family]:
             value=model_type,
             expected=sorted(FAMILIES),
         )
-    close = get_close_matches(model_type, FAMILIES, n=3)
-    hint = f", did you mean {' or '.join(close)}" if close else ""
+    hint = did_you_mean(model_type, FAMILIES)
     raise UnsupportedModelError(
         f"model_type {model_type!r} of {fields.source} is not known{hint}; known are {', '.join(sorted(FAMILIES))}",
         option="model_type",
@@ -201,13 +206,13 @@ def _family(fields: ConfigFields) -> tuple[str, Family]:
 def _model_dtype(fields: ConfigFields, dtype: str, notes: list[str]) -> str:
     if dtype != "auto":
         return dtype
-    found = fields.first("dtype", "torch_dtype")
-    if found is None:
+    name = fields.written("dtype", "torch_dtype")
+    if name is None:
         notes.append(f"{fields.source} names no dtype; bfloat16 is assumed")
         return "bfloat16"
-    word = str(found).removeprefix("torch.")
+    word = str(fields.values[name]).removeprefix("torch.")
     if word not in DTYPES:
-        raise fields.broken("dtype", found, f"one of {', '.join(DTYPES)}")
+        raise fields.broken(name, fields.values[name], f"one of {', '.join(DTYPES)}")
     return word
 
 

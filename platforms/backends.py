@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 
 from ..attention_backends.interface import AttentionBackend, Capabilities, LayerRequest, Probe
 from ..attention_backends.selection import Selection, group_refusals, layer_names, select_backend
+from ..attention_backends.workspace import StepLimits, total_bytes
 from ..device import DeviceFacts
 
 
@@ -23,6 +24,11 @@ class ModelBackends:
     refusals: tuple[str, ...]
     """One sentence per backend and set of reasons, however many layers it holds for."""
 
+    def workspace_bytes(self, requests: Sequence[LayerRequest], device: DeviceFacts, limits: StepLimits) -> int:
+        """What the kernels of a step hold beside the cache at most, over all kinds of layers."""
+        kinds = {(self.by_layer[x.layer].name, replace(x, layer=0)): self.by_layer[x.layer] for x in requests}
+        return total_bytes(backend.workspace(request, device, limits) for (_, request), backend in kinds.items())
+
 
 def choose_backends(
     requests: Sequence[LayerRequest],
@@ -31,7 +37,6 @@ def choose_backends(
     *,
     order: Sequence[str],
     asked: str | None,
-    batch_invariant: bool = False,
     probes: Mapping[str, Probe] | None = None,
 ) -> ModelBackends:
     """Choose for each layer; layers that ask the same get the same.
@@ -48,9 +53,7 @@ def choose_backends(
     for request in requests:
         what = replace(request, layer=0)
         if what not in alike:
-            alike[what] = select_backend(
-                request, candidates, device, asked=asked, batch_invariant=batch_invariant, probes=probes
-            )
+            alike[what] = select_backend(request, candidates, device, asked=asked, probes=probes)
         selections.append(alike[what].for_layer(request.layer))
     return ModelBackends(
         by_layer={found.layer: found.backend for found in selections},

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 from ..cache.capacity import Capacity, Holding, plan_capacity
+from ..cache.specs import AttentionSpec
 from ..config import EngineConfig
 from ..device import DeviceFacts, format_bytes
 from ..errors import CapacityError
@@ -32,11 +33,22 @@ def holding_of(config: EngineConfig) -> Holding:
 
 
 def cache_budget(
-    model: ModelSpec, config: EngineConfig, device: DeviceFacts | None, reasons: list[str], warnings: list[str]
+    model: ModelSpec,
+    config: EngineConfig,
+    device: DeviceFacts | None,
+    reasons: list[str],
+    warnings: list[str],
+    workspace: Callable[[int], int] | None = None,
 ) -> int | None:
-    """Bytes for the cache on one rank: the setting, or what the device has beside the weights."""
+    """Bytes for the cache on one rank: the setting, or what the device has beside the weights and the workspace.
+
+    :param workspace: bytes that attention kernels take beside the cache, by the longest sequence in tokens; ``None``
+        where a host engine's own kernels run.
+    """
     if config.cache.memory_bytes is not None:
-        reasons.append(f"memory: {format_bytes(config.cache.memory_bytes)} for the cache as the user set.")
+        taken = _workspace_of(model, config, config.cache.memory_bytes, workspace)
+        beside = f"; attention kernels take up to {format_bytes(taken)} beside it" if taken else ""
+        reasons.append(f"memory: {format_bytes(config.cache.memory_bytes)} for the cache as the user set{beside}.")
         return config.cache.memory_bytes
     total = config.device.device_memory_bytes or (device.memory_bytes if device is not None else None)
     if total is None:
@@ -50,10 +62,21 @@ def cache_budget(
     ranks = model.tensor_parallel_size * config.parallel.pipeline_parallel_size
     weights = -(-(model.weights_bytes or 0) // ranks)
     known = f"{format_bytes(weights)} of weights" if weights else "weights, whose size is not known and counts as 0"
+    taken = _workspace_of(model, config, share - weights, workspace)
+    beside = f", and {format_bytes(taken)} that attention kernels take in a step," if taken else ""
     reasons.append(
-        f"memory: {config.cache.memory_fraction:g} of {format_bytes(total)} less {known} leaves "
-        f"{format_bytes(max(0, share - weights))} for the cache."
+        f"memory: {config.cache.memory_fraction:g} of {format_bytes(total)} less {known}{beside} leaves "
+        f"{format_bytes(max(0, share - weights - taken))} for the cache."
     )
+    if weights < share <= weights + taken:
+        raise CapacityError(
+            f"{config.cache.memory_fraction:g} of the device's {format_bytes(total)} is {format_bytes(share)}, the "
+            f"weights take {format_bytes(weights)} and attention kernels up to {format_bytes(taken)} in a step; use "
+            "more memory, or a smaller max_model_len, max_num_batched_tokens or max_num_seqs",
+            option="memory_fraction",
+            value=config.cache.memory_fraction,
+            expected=f"more than {weights + taken} bytes",
+        )
     if share <= weights:
         raise CapacityError(
             f"{config.cache.memory_fraction:g} of the device's {format_bytes(total)} is {format_bytes(share)}, and the "
@@ -62,7 +85,19 @@ def cache_budget(
             value=config.cache.memory_fraction,
             expected=f"more than {weights} bytes",
         )
-    return share - weights
+    return share - weights - taken
+
+
+def _workspace_of(
+    model: ModelSpec, config: EngineConfig, available: int, workspace: Callable[[int], int] | None
+) -> int:
+    """Bytes of the kernels' workspace, for sequences that are no longer than what ``available`` bytes can hold."""
+    if workspace is None or available <= 0:
+        return 0
+    specs = [layer.spec for layer in model.layers if isinstance(layer.spec, AttentionSpec)]
+    per_token = sum(spec.bytes_per_token for spec in specs) // config.parallel.pipeline_parallel_size
+    longest = min(config.model.max_model_len or model.max_model_len, max(1, available // max(1, per_token)))
+    return workspace(longest)
 
 
 def with_capacities(

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from dataclasses import fields
 
 from ..cache.capacity import Holding
 from ..cache.specs import MambaSpec
-from ..config import CacheConfig, EngineConfig
+from ..config import AttentionConfig, CacheConfig, EngineConfig
 from ..device import format_bytes
 from ..hybrid.model_specs import ModelSpec
 from .decision import BlockSizeDecision
@@ -46,19 +47,30 @@ def idle_stages(stages: Sequence[StagePlan]) -> list[str]:
     ]
 
 
-def idle_settings(config: EngineConfig) -> list[str]:
-    """Settings that the user changed and that count nothing without another one."""
+def idle_settings(config: EngineConfig, backends: Iterable[str]) -> list[str]:
+    """Settings that the user changed and that count nothing without another one, or without their backend.
+
+    :param backends: names of those that serve the attention layers.
+    """
     cache, usual = config.cache, CacheConfig()
     needs = {
         "replayssm_buffer_len": ("use_replayssm", cache.use_replayssm),
         "mamba_backend": ("use_replayssm", cache.use_replayssm),
         "extra_retained_tokens": ("free_out_of_window", cache.free_out_of_window),
     }
-    return [
+    found = [
         f"{option} {getattr(cache, option)} changes nothing without {other}."
         for option, (other, given) in needs.items()
         if not given and getattr(cache, option) != getattr(usual, option)
     ]
+    if "flex" not in backends:
+        tiles = [setting.name for setting in fields(AttentionConfig) if setting.name.startswith("flex_attn_")]
+        found += [
+            f"{option} {getattr(config.attention, option)} changes nothing: flex serves no layer."
+            for option in tiles
+            if getattr(config.attention, option) is not None
+        ]
+    return found
 
 
 def reset_states(model: ModelSpec, platform: Platform, config: EngineConfig) -> list[str]:

@@ -87,16 +87,19 @@ def request_memory(pooled: Pooled, tokens: int) -> RequestMemory:
     )
 
 
-def request_mixes() -> Mapping[str, tuple[int, ...]]:
-    """Lengths of the requests that waste is published for, in tokens; the last mix is drawn with a fixed seed."""
+def request_mixes(longest: int = LENGTHS[-1]) -> Mapping[str, tuple[int, ...]]:
+    """Lengths of the requests that waste is published for, in tokens; the last mix is drawn with a fixed seed.
+
+    :param longest: tokens of the longest request that is served; drawn lengths are cut to it, and mixes of longer
+        requests left out.
+    """
     source = random.Random(5)
     drawn = (round(math.exp(math.log(700) + source.gauss(0, 1))) for _ in range(512))
+    equal = ((64, 512), (64, 4096), (16, 32768))
     return MappingProxyType(
         {
-            "64 x 512": (512,) * 64,
-            "64 x 4096": (4096,) * 64,
-            "16 x 32768": (32768,) * 16,
-            "512 lognormal": tuple(max(16, min(32768, length)) for length in drawn),
+            **{f"{count} x {length}": (length,) * count for count, length in equal if length <= longest},
+            "512 lognormal": tuple(min(longest, max(16, min(32768, length))) for length in drawn),
         }
     )
 
@@ -120,7 +123,9 @@ def requests_dict(pooled: Pooled, max_model_len: int) -> dict[str, object]:
     """JSON-ready: what requests of :data:`LENGTHS` tokens take, and what :func:`request_mixes` waste, in percent."""
     return {
         "memory": [request_memory(pooled, length).to_dict() for length in LENGTHS if length <= max_model_len],
-        "mix_waste_pct": {name: round(100 * mix_waste(pooled, mix), 4) for name, mix in request_mixes().items()},
+        "mix_waste_pct": {
+            name: round(100 * mix_waste(pooled, mix), 4) for name, mix in request_mixes(max_model_len).items()
+        },
     }
 
 

@@ -20,7 +20,7 @@ from ..cache.block_size import (
     smallest_accepted,
     solve,
 )
-from ..cache.specs import AttentionSpec
+from ..cache.specs import AttentionSpec, MambaSpec
 from ..hybrid.page_alignment import (
     Pages,
     alignment_preferences,
@@ -193,18 +193,9 @@ def _mixed_pages(request: BlockSizeRequest, mixed: MixedBlocks, reasons: list[st
         page_bytes=mixed.page_bytes,
         mamba_page_size_padded=mixed.page_bytes if raw and raw != mixed.page_bytes else None,
     )
-    _explain_padding(request, pages, reasons)
-    return pages
-
-
-def _explain_padding(request: BlockSizeRequest, pages: Pages, reasons: list[str]) -> None:
-    state = largest_state(request.states)
     if state is not None and pages.mamba_page_size_padded is not None:
-        padding = pages.page_bytes - pages.state_raw_bytes
-        reasons.append(
-            f"pages: the {state.kind} state of {pages.state_raw_bytes} bytes is padded by {padding} "
-            f"({100 * padding / pages.state_raw_bytes:.2f} %)."
-        )
+        reasons.append(f"pages: {_padded(state, pages)}")
+    return pages
 
 
 def _explain_pages(request: BlockSizeRequest, pages: Pages, block_size: int, reasons: list[str]) -> None:
@@ -216,9 +207,15 @@ def _explain_pages(request: BlockSizeRequest, pages: Pages, block_size: int, rea
             f"pages: the {state.kind} state of {pages.state_raw_bytes} bytes fills the attention page exactly."
         )
         return
-    padding = pages.page_bytes - pages.state_raw_bytes
     reasons.append(
         f"pages: {block_size} tokens x {pages.attention_bytes_per_token} bytes = {pages.attention_page_bytes} bytes; "
+        f"{_padded(state, pages)}"
+    )
+
+
+def _padded(state: MambaSpec, pages: Pages) -> str:
+    padding = pages.page_bytes - pages.state_raw_bytes
+    return (
         f"the {state.kind} state of {pages.state_raw_bytes} bytes is padded by {padding} "
         f"({100 * padding / pages.state_raw_bytes:.2f} %)."
     )

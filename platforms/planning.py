@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from types import MappingProxyType
 
@@ -65,6 +65,7 @@ def plan_model(
     *,
     extra_constraints: Iterable[Constraint] = (),
     preferred_block_sizes: Mapping[str, int] | None = None,
+    workspace: Callable[[int], int] | None = None,
     reasons: Sequence[str] = (),
     refusals: Sequence[str] = (),
 ) -> Plan:
@@ -73,6 +74,7 @@ def plan_model(
     :param backends: per attention layer the capabilities of its backend.
     :param device: facts of the device; ``None`` plans without its memory.
     :param preferred_block_sizes: per backend name the block size that it would choose, in tokens.
+    :param workspace: bytes that the backends' kernels take beside the cache, by the longest sequence in tokens.
     :param reasons: sentences of earlier decisions (platform, backends), put first.
     :param refusals: sentences about what was not chosen.
     :raises BlockSizeError: if no block size suits all, or the user's does not.
@@ -90,7 +92,7 @@ def plan_model(
     )
     said = [*reasons, *model.notes]
     mind: list[str] = []
-    budget = None if config.cache.num_blocks is not None else cache_budget(model, config, device, said, mind)
+    budget = None if config.cache.num_blocks is not None else cache_budget(model, config, device, said, mind, workspace)
     chosen = choose_strategy(
         model,
         request,
@@ -106,7 +108,7 @@ def plan_model(
     warnings = [
         *mind,
         *chosen.warnings,
-        *idle_settings(config),
+        *idle_settings(config, {backend.name for backend in backends.values()}),
         *dear_blocks(decision, tight, holding_of(config)),
         *idle_stages(stages),
         *reset_states(model, platform, config),
@@ -188,11 +190,14 @@ def _pipeline(stages: Sequence[StagePlan]) -> list[str]:
 
 
 def _setting_constraints(backends: Mapping[int, Capabilities], config: EngineConfig) -> tuple[Constraint, ...]:
-    """A mask block that the user set for flex is its kernel block, which the block has to be a multiple of."""
-    wanted = config.attention.flex_attn_kv_block_size
-    if wanted is None or all(backend.name != "flex" for backend in backends.values()):
+    """Flex's mask block, where the user set it, is its kernel block, which divides the block; so does a kernel tile."""
+    if all(backend.name != "flex" for backend in backends.values()):
         return ()
-    return (MultipleOf(wanted, owner="flex_attn_kv_block_size"),)
+    for option in ("flex_attn_kv_block_size", "flex_attn_block_n"):
+        wanted = getattr(config.attention, option)
+        if wanted is not None:
+            return (MultipleOf(wanted, owner=option),)
+    return ()
 
 
 def _with_set_kernel_block(decision: BlockSizeDecision, config: EngineConfig) -> BlockSizeDecision:

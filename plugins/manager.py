@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from importlib.metadata import EntryPoint
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 import pluggy
 
+from ..attention_backends.interface import AttentionBackend
 from ..cache.block_size import Constraint
 from ..device import DeviceFacts
 from ..errors import PluginError
+from ..hybrid.mixers.backend import MixerBackend
 from ..platforms.decision import BlockSizeRequest
 from ..platforms.provider import PlatformProvider, PluginProblem
 from . import calling, verification
@@ -30,6 +32,8 @@ from .uniqueness import Claim, repeated
 
 if TYPE_CHECKING:
     from ..platforms.ready import Ready
+
+B = TypeVar("B", bound=AttentionBackend | MixerBackend)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -52,43 +56,30 @@ class Plugins:
 
         A plugin whose hook fails is a problem of the offers, and so is one that brings a name that another has.
         """
-        gathered = calling.gather(
-            self.manager,
-            self.infos,
-            "makeready_attention_backends",
-            verification.checked_backends,
-            {"device": device},
+        found, problems = self._offered(
+            "makeready_attention_backends", verification.checked_backends, device, "attention backend"
         )
-        claims = [Claim(info, backend.name) for info, backends in gathered.answers for backend in backends]
-        rivals = repeated(claims, "attention backend")
-        refused = {problem.name for problem in rivals}
-        offered = tuple(
-            OfferedBackend(backend=backend, plugin=info.name, distribution=info.distribution)
-            for info, backends in gathered.answers
-            for backend in backends
-            if info.name not in refused
-        )
-        return BackendOffers(offered=offered, problems=(*gathered.problems, *rivals))
+        offered = (OfferedBackend(backend=x, plugin=info.name, distribution=info.distribution) for info, x in found)
+        return BackendOffers(offered=tuple(offered), problems=problems)
 
     def mixer_backends(self, device: DeviceFacts) -> MixerOffers:
         """Every plugin's kernels of state layers for ``device``, with the same rules."""
-        gathered = calling.gather(
-            self.manager,
-            self.infos,
-            "makeready_mixer_backends",
-            verification.checked_mixers,
-            {"device": device},
+        found, problems = self._offered(
+            "makeready_mixer_backends", verification.checked_mixers, device, "mixer backend"
         )
-        claims = [Claim(info, backend.name) for info, backends in gathered.answers for backend in backends]
-        rivals = repeated(claims, "mixer backend")
+        offered = (OfferedMixer(backend=x, plugin=info.name, distribution=info.distribution) for info, x in found)
+        return MixerOffers(offered=tuple(offered), problems=problems)
+
+    def _offered(
+        self, hook: str, check: Callable[[object], tuple[B, ...]], device: DeviceFacts, kind: str
+    ) -> tuple[list[tuple[PluginInfo, B]], tuple[PluginProblem, ...]]:
+        """What plugins answer to ``hook``, with who brought it, and the plugins that are left out."""
+        gathered = calling.gather(self.manager, self.infos, hook, check, {"device": device})
+        found = [(info, backend) for info, backends in gathered.answers for backend in backends]
+        rivals = repeated([Claim(info, backend.name) for info, backend in found], kind)
         refused = {problem.name for problem in rivals}
-        offered = tuple(
-            OfferedMixer(backend=backend, plugin=info.name, distribution=info.distribution)
-            for info, backends in gathered.answers
-            for backend in backends
-            if info.name not in refused
-        )
-        return MixerOffers(offered=offered, problems=(*gathered.problems, *rivals))
+        kept = [(info, backend) for info, backend in found if info.name not in refused]
+        return kept, (*gathered.problems, *rivals)
 
     def block_size_constraints(self, request: BlockSizeRequest) -> tuple[Constraint, ...]:
         """What plugins ask of the block size.

@@ -67,6 +67,23 @@ def test_numbers_beyond_the_cache_dtype_are_clamped():
     assert all(same_bits(a, b) for a, b in zip(slow, fast, strict=True))
 
 
+@pytest.mark.parametrize("scales", [None, (2.0, 0.5)])
+def test_nan_stays_nan_and_infinities_are_clamped(scales):
+    """In half precision: the interpreter's own fp8 has no NaN. test_triton_cuda.py has the others."""
+    key, value = tokens(2, 16, 16)
+    for rows in (key, value):
+        rows[:, :, :4] = torch.tensor([float("nan"), float("inf"), -float("inf"), 1e9])
+    slots, slow, fast = slots_of_some(), *(views("NHD", 2, 16, 16, torch.float16) for _ in range(2))
+    write_kv(key, value, *slow, slots, scales=scales)
+    write_rows(key, value, *fast, slots, scales=scales)
+    written = slots[slots >= 0]
+    for a, b in zip(slow, fast, strict=True):
+        rows = b[written // BLOCK_SIZE, written % BLOCK_SIZE].float()
+        assert rows[..., 0].isnan().all()
+        assert not rows[..., 1:].isnan().any()
+        assert same_bits(a, b)
+
+
 def test_rows_that_are_a_slice_of_a_wider_projection():
     wide = torch.randn(TOKENS, 6, 32)
     slots, slow, fast = slots_of_some(), views("NHD", 2, 32, 32), views("NHD", 2, 32, 32)

@@ -5,11 +5,15 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from dataclasses import fields
 from pathlib import Path
 
 import pytest
 
+from makeready.cli import launch as launch_command
 from makeready.cli import main
+from makeready.cli import plan as plan_command
+from makeready.config import AttentionConfig, EngineConfig
 from makeready.startup import BUNDLED_MODEL
 
 NANO = "nvidia/NVIDIA-Nemotron-3-Nano-30B-A3B-BF16"
@@ -77,7 +81,35 @@ def test_help_teaches_with_examples(capsys):
     assert "makeready launch ./checkpoint" in run(capsys, "launch", "--help")[1]
 
 
+def test_every_setting_is_an_option():
+    offered = {option.name for command in (plan_command, launch_command) for option in command.params}
+    records = [type(getattr(EngineConfig(), part.name)) for part in fields(EngineConfig)]
+    assert {setting.name for record in records for setting in fields(record)} <= offered
+    shared = {option.name for option in plan_command.params} & {option.name for option in launch_command.params}
+    assert {setting.name for setting in fields(AttentionConfig)} <= shared
+
+
+def test_help_of_flex_tiles_says_what_they_take(capsys):
+    for command in ("plan", "launch"):
+        said = " ".join(run(capsys, command, "--help")[1].split())
+        assert "--flex-attn-block-m INTEGER" in said
+        assert "power of two from 16" in said
+        assert "--memory-fraction FLOAT" in said
+        assert "[default: 0.9]" in said
+
+
+def test_flex_tiles_and_batch_invariance_from_the_command_line(capsys):
+    tiles = ("--flex-attn-block-m", "32", "--flex-attn-kv-block-size", "32", "--flex-attn-block-n", "16")
+    code, out, _ = run(capsys, "plan", NANO, "--platform", "cuda", "--backend", "flex", *tiles, "--json")
+    assert code == 0
+    assert json.loads(out)["kernel_block_sizes"] == {"flex": 32}
+    code, out, _ = run(capsys, "plan", NANO, "--platform", "xpu", "--batch-invariant", "--provider", "xpu-kernels")
+    assert code == 2
+
+
 BAD = [
+    (("plan", NANO, "--platform", "cuda", "--flex-attn-block-n", "8"), ("flex_attn_block_n 8", "at least 16")),
+    (("plan", NANO, "--platform", "cuda", "--memory-fraction", "2"), ("memory_fraction 2", "up to 1")),
     # arguments, and what the sentence must name: the option or file, the value, what would be right
     (("plan", "nvidia/Nemotron-H-4B-Base", "--platform", "cuda"), ("Nemotron-H-4B-Base-8K",)),
     (("plan", "/nowhere/config.json", "--platform", "cuda"), ("/nowhere/config.json",)),
@@ -92,10 +124,17 @@ BAD = [
         ("mamba_block_size 256", "2112"),
     ),
     (("plan", NANO, "--platform", "cuda", "--memory", "1MiB"), ("1.00 MiB", "at least")),
+    (("plan", NANO, "--platform", "cuda", "--memory", "40"), ("--memory '40'", "40 bytes", "40GiB", "40B")),
+    (("plan", NANO, "--platform", "cuda", "--device-memory", "80"), ("--device-memory '80'", "80GiB")),
+    (("plan", NANO, "--compare", "memory=40,80"), ("memory_bytes '40'", "40GiB")),
     (("plan", NANO, "--platform", "cuda", "--memory", "much"), ("--memory", "much", "80GiB")),
     (("plan", NANO, "--platform", "cuda", "--kv-cache-dtype", "int3"), ("kv_cache_dtype", "int3", "fp8")),
     (("plan", NANO, "--platform", "cuda", "--engine", "sglang"), ("engine", "sglang", "transformers")),
     (("plan", NANO, "--platform", "cuda", "--max-model-len", "999999999"), ("999999999", "131072")),
+    (("plan", NANO, "--platform", "cuda", "--kv-cache-dtype", "fp8e4m3"), ("did you mean fp8_e4m3",)),
+    (("plan", NANO, "--platform", "cuda", "--blok-size", "16"), ("--blok-size", "--block-size")),
+    (("plan", NANO, "--compare", "plattform=cuda,xpu"), ("plattform", "did you mean platform", "--help")),
+    (("plan", NANO, "--compare", "platform"), ("OPTION=VALUE", "platform=cuda,xpu")),
     (("launch", "/nowhere"), ("/nowhere",)),
     (("launch", "--platform", "xpu"), ("xpu", "pip install makeready-xpu")),
     (("launch", "--platform", "tpu"), ("tpu", "cpu")),
@@ -133,6 +172,13 @@ def test_a_broken_config_names_the_file_and_the_field(capsys, tmp_path, text, na
     assert code == 2
     for part in named:
         assert part in err
+
+
+@pytest.mark.parametrize("text", ["42949672960", "40GiB", "40 gib", "42949672960B", "40960MiB", "4294967296e1"])
+def test_memory_in_units_and_bytes(capsys, text):
+    code, out, _ = run(capsys, "plan", NANO, "--platform", "cuda", "--memory", text, "--json")
+    assert code == 0
+    assert any("40.00 GiB for the cache" in reason for reason in json.loads(out)["reasons"])
 
 
 def test_json_errors_are_json(capsys):

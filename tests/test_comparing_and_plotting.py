@@ -5,11 +5,12 @@ from __future__ import annotations
 import json
 
 import pytest
+from rich.console import Console
 
 from makeready import plan
 from makeready.cache.group_pool import make_pool
 from makeready.cli import main
-from makeready.comparing import compare, parse_axes
+from makeready.comparing import compare, comparison_table, parse_axes
 from makeready.errors import ConfigError
 from makeready.hybrid.presets import preset_names
 from makeready.platforms.memory_use import mix_waste, request_memory, request_mixes
@@ -70,6 +71,20 @@ def test_mixes_are_those_that_waste_is_published_for():
     assert all(mix_waste(made, lengths) < 0.01 for lengths in mixes.values())
 
 
+def test_nothing_is_shown_of_requests_that_are_not_served():
+    short = request_mixes(700)
+    assert list(short) == ["64 x 512", "512 lognormal"]
+    assert max(short["512 lognormal"]) == 700
+    requests = plan(NANO, platform="cuda", max_model_len=700).to_dict()["requests"]
+    assert list(requests["mix_waste_pct"]) == list(short)
+    assert [one["tokens"] for one in requests["memory"]] == [1, 512]
+    (variant,) = compare(NANO, {"platform": "cuda", "max_model_len": 700}, {"tensor_parallel_size": (1,)})
+    console = Console(width=200, record=True)
+    console.print(comparison_table([variant]))
+    row = next(line for line in console.export_text().splitlines() if line.startswith("1 "))
+    assert row.split().count("-") == 2
+
+
 def test_axes_take_names_as_the_command_line_has_them():
     assert parse_axes(["tp=1,2", "block-size=64,none", "platform=cuda,xpu", "memory=1GiB"]) == {
         "tensor_parallel_size": (1, 2), "block_size": (64, None), "platform": ("cuda", "xpu"), "memory_bytes": (2**30,),
@@ -78,7 +93,7 @@ def test_axes_take_names_as_the_command_line_has_them():
 
 @pytest.mark.parametrize("text", ["platform", "platform=", "size=3", "tp=two"])
 def test_a_broken_axis_says_what_would_be_right(text):
-    with pytest.raises(ConfigError, match=r"--compare .*(OPTION=VALUE|not a number)"):
+    with pytest.raises(ConfigError, match=r"--compare .*(OPTION=VALUE|no option of plan|not a number)"):
         parse_axes([text])
 
 

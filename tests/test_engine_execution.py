@@ -238,7 +238,7 @@ def test_compiled_layers_give_the_same_tokens(model, monkeypatch):
 
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
-    monkeypatch.setattr(opening, "CompiledLayers", lambda one_token: CompiledLayers("eager"))
+    monkeypatch.setattr(opening, "CompiledLayers", lambda **_: CompiledLayers("eager"))
     engine = TransformersEngine(model, None, make_ready(model, packed_steps=True, compile_layers=True))
     try:
         asked = [prompts()[0], prompts()[4]]

@@ -8,7 +8,7 @@ from __future__ import annotations
 import pytest
 
 from engine_setup import planned_ready
-from makeready.engines.transformers.engine import SamplingParams, TransformersEngine
+from makeready.engines.transformers.engine import TransformersEngine
 from makeready.errors import UnsupportedModelError
 from packed_setup import LENGTHS, NEW, PACKED, PARAMS, PackedRun, prompts, stock
 from tiny_models import ATTENTION_FREE
@@ -35,19 +35,7 @@ def test_prefill_chunks_beside_decodes(family, monkeypatch):
 @each
 def test_requests_join_and_leave_while_others_decode(family, monkeypatch):
     with PackedRun(family, monkeypatch, async_scheduling=True) as run:
-        engine, joins, leaves = run.engine, {0: 0, 2: 1, 3: 2, 7: 3, 9: 4}, {0: 16, 1: 3, 2: 16, 3: 9, 4: 5}
-        ids: dict[str, int] = {}
-        tokens: dict[int, list[int]] = {}
-        step = 0
-        while step < 10 or engine.has_requests():
-            if step in joins:
-                params = SamplingParams(max_new_tokens=leaves[joins[step]], ignore_eos=True)
-                ids[engine.add_request(prompts()[joins[step]], params)] = joins[step]
-            for output in engine.step():
-                tokens.setdefault(ids[output.request_id], []).extend(output.new_token_ids)
-            step += 1
-        assert tokens == {index: run.tokens[index][:count] for index, count in leaves.items()}
-        assert engine.pool.num_free == engine.pool.capacity
+        run.join_and_leave({0: 16, 1: 3, 2: 16, 3: 9, 4: 5})
 
 
 @each

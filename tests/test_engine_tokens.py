@@ -7,7 +7,6 @@ read turns logits into NaN. Each family has controls that show that these tests 
 from __future__ import annotations
 
 from contextlib import nullcontext
-from functools import cache
 
 import pytest
 import torch
@@ -17,13 +16,11 @@ from makeready.engines.transformers import runner
 from makeready.engines.transformers.engine import SamplingParams, TransformersEngine
 from makeready.engines.transformers.families import TRAITS
 from makeready.engines.transformers.runner import ModelRunner
-from tiny_models import ATTENTION_FREE, FAMILIES, HYBRID_FAMILIES, tiny_model
+from tiny_models import ATTENTION_FREE, FAMILIES, HYBRID_FAMILIES
+from token_runs import LENGTHS, TOLERANCE, TokenRun, prompts, stock
 
-LENGTHS = (9, 3, 17, 1, 26)
 NEW = 20
 PARAMS = SamplingParams(max_new_tokens=NEW, ignore_eos=True)
-TOLERANCE = 2e-3
-"""Of logits that are about 10 wide: rounding (of another batch size, say) moves them by up to 6e-4, controls by 1."""
 CASES = [
     (family, backend)
     for backend in ("reference", "flex")
@@ -33,37 +30,15 @@ CASES = [
 SCANS = tuple(family for family in HYBRID_FAMILIES if TRAITS[family].scan)
 
 
-@cache
-def prompts() -> list[list[int]]:
-    generator = torch.Generator().manual_seed(5)
-    return [torch.randint(3, 128, (length,), generator=generator).tolist() for length in LENGTHS]
-
-
-@cache
-def stock(family: str):
-    """The model, and per prompt what ``generate`` makes of it: tokens and the logits behind each."""
-    model = tiny_model(family)
-    if family == "gemma2":
-        model.set_attn_implementation("eager")  # transformers 5.17's sdpa leaves the soft cap out
-    tokens, logits = [], []
-    for prompt in prompts():
-        out = model.generate(
-            torch.tensor([prompt]), max_new_tokens=NEW, do_sample=False, eos_token_id=-1, output_logits=True,
-            return_dict_in_generate=True,
-        )  # fmt: skip
-        tokens.append(out.sequences[0, len(prompt) :].tolist())
-        logits.append(torch.cat(out.logits))
-    return model, tokens, logits
-
-
-class Recorded:
+class Recorded(TokenRun):
     """An engine over a poisoned cache that remembers the logits of every token it computed."""
 
+    new = NEW
+
     def __init__(self, family: str, monkeypatch: pytest.MonkeyPatch, maker=make_ready, **options) -> None:
-        self.model, self.tokens, self.logits = stock(family)
+        super().__init__(family)
         self.ready = maker(self.model, **options)
         self.engine = TransformersEngine(self.model, None, self.ready, poison_freed=True)
-        self._seen: dict[tuple[str, int], torch.Tensor] = {}
         run = ModelRunner.run
 
         def recording(this, requests, query_len):
@@ -73,32 +48,6 @@ class Recorded:
             return rows
 
         monkeypatch.setattr(ModelRunner, "run", recording)
-
-    def __enter__(self) -> Recorded:
-        return self
-
-    def __exit__(self, *_) -> None:
-        self.engine.pool.check_integrity()
-        self.engine.close()
-
-    def generate(self, which=(0, 1, 2, 3, 4)):
-        return self.engine.generate([prompts()[index] for index in which], PARAMS)
-
-    def error(self, completion, index: int) -> float:
-        """Largest difference between the completion's logits and stock's for prompt ``index``."""
-        start = len(completion.prompt_token_ids)
-        ours = torch.stack([self._seen[completion.request_id, start + i] for i in range(len(completion.token_ids))])
-        return float((ours - self.logits[index][: len(ours)]).abs().max().nan_to_num(float("inf")))
-
-    def check(self, completion, index: int) -> None:
-        assert list(completion.token_ids) == self.tokens[index][: len(completion.token_ids)]
-        assert self.error(completion, index) < TOLERANCE
-
-    def check_all(self, completions) -> None:
-        for index, completion in enumerate(completions):
-            assert completion.finish_reason == "length"
-            self.check(completion, index)
-        assert self.engine.pool.num_free == self.engine.pool.capacity
 
 
 each = pytest.mark.parametrize(("family", "backend"), CASES)
@@ -119,19 +68,7 @@ def test_batch_of_unequal_prompts(family, backend, monkeypatch):
 @each
 def test_requests_join_and_leave_while_others_decode(family, backend, monkeypatch):
     with Recorded(family, monkeypatch, backend=backend) as run:
-        engine, joins, leaves = run.engine, {0: 0, 2: 1, 3: 2, 7: 3, 9: 4}, {0: 18, 1: 3, 2: 20, 3: 9, 4: 5}
-        ids: dict[str, int] = {}
-        tokens: dict[int, list[int]] = {}
-        step = 0
-        while step < 10 or engine.has_requests():
-            if step in joins:
-                params = SamplingParams(max_new_tokens=leaves[joins[step]], ignore_eos=True)
-                ids[engine.add_request(prompts()[joins[step]], params)] = joins[step]
-            for output in engine.step():
-                tokens.setdefault(ids[output.request_id], []).extend(output.new_token_ids)
-            step += 1
-        assert tokens == {index: run.tokens[index][:count] for index, count in leaves.items()}
-        assert engine.pool.num_free == engine.pool.capacity
+        run.join_and_leave({0: 18, 1: 3, 2: 20, 3: 9, 4: 5})
 
 
 @each
@@ -217,7 +154,7 @@ def test_the_modeling_module_is_as_it_was(family, monkeypatch):
 
 @pytest.mark.parametrize("family", ["jamba", "mamba2", "gpt_oss"])
 def test_a_closed_engine_leaves_the_model_as_it_was(family, monkeypatch):
-    model, tokens, _ = stock(family)
+    model, tokens, _ = stock(family, NEW)
     before = model.config._attn_implementation
     TransformersEngine(model, None, make_ready(model)).close()
     assert model.config._attn_implementation == before

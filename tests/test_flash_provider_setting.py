@@ -10,9 +10,10 @@ import torch
 import makeready
 from flash_library import flash_attention_3
 from makeready.attention_backends.flash import backend as flash_backend
+from makeready.attention_backends.flash.backend import FlashBackend
 from makeready.attention_backends.flash.flash_attention_3 import FlashAttention3
 from makeready.attention_backends.flash.triton_kernels.provider import TritonProvider
-from makeready.attention_backends.interface import BuildRequest
+from makeready.attention_backends.interface import BuildRequest, LayerRequest
 from makeready.cache.specs import AttentionSpec
 from makeready.cli import main
 from makeready.config import AttentionConfig
@@ -159,5 +160,47 @@ def test_triton_refuses_more_query_heads_of_a_kv_head_than_its_fixed_tile_holds(
         max_model_len=128,
         config=AttentionConfig(batch_invariant=True),
     )
-    with pytest.raises(BackendError, match="tiles have 64 rows at head size 64, and a KV head has 71 query heads"):
+    with pytest.raises(
+        BackendError, match="has tiles of 64 rows at head size 64 under batch_invariant, and a KV head has 71"
+    ):
         TritonProvider(version=lambda: "3.6.0").build(request)
+
+
+def model_of(heads, kv_heads, head_size):
+    """A llama of one layer with these heads."""
+    return {
+        "model_type": "llama", "hidden_size": heads * head_size, "num_attention_heads": heads, "head_dim": head_size,
+        "num_key_value_heads": kv_heads, "num_hidden_layers": 1, "intermediate_size": 64, "vocab_size": 64,
+        "dtype": "bfloat16",
+    }  # fmt: skip
+
+
+def test_a_plan_knows_what_batch_invariant_tiles_hold():
+    many = model_of(71, 1, 64)
+    with pytest.raises(BackendError, match="triton has tiles of 64 rows at head size 64 .* has 71 query heads"):
+        makeready.plan(many, platform="cuda", flash_provider="triton", batch_invariant=True)
+    with pytest.raises(BackendError, match="flex_attn_block_m 64 is smaller than the 71 query heads"):
+        makeready.plan(many, platform="cuda", backend="flex", batch_invariant=True)
+    chosen = makeready.plan(many, platform="cuda", batch_invariant=True)
+    assert chosen.layers[0].backend == "reference"
+    assert any("flash cannot serve layer 0" in said and "71 query heads" in said for said in chosen.refusals)
+    assert makeready.plan(many, platform="cuda", flash_provider="triton").layers[0].backend == "flash"
+
+
+@pytest.mark.parametrize(("heads", "served"), [(64, True), (128, True), (129, False)])
+def test_a_planned_device_of_unknown_kind_gets_the_tiles_of_the_best(heads, served):
+    """Head size 256: 128 rows on Hopper, 32 on others."""
+    options = {"platform": "cuda", "flash_provider": "triton", "batch_invariant": True}
+    if served:
+        assert makeready.plan(model_of(heads, 1, 256), **options).layers[0].backend == "flash"
+    else:
+        with pytest.raises(BackendError, match="tiles of 128 rows at head size 256"):
+            makeready.plan(model_of(heads, 1, 256), **options)
+
+
+def test_v_heads_that_the_asked_provider_does_not_read_are_refused_in_the_plan():
+    device = DeviceFacts(platform="cuda", device_type="cuda", present=False)
+    spec = AttentionSpec(num_query_heads=2, num_kv_heads=1, head_size=64, head_size_v=512, dtype="bfloat16")
+    asked = FlashBackend().configured(AttentionConfig(flash_provider="triton"), device)
+    found = asked.declared_refusals(LayerRequest(layer=0, spec=spec, dtype="bfloat16"), device)
+    assert any("V's 512" in sentence for sentence in found)

@@ -3,9 +3,10 @@
 from dataclasses import replace
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
+import makeready
 from makeready.attention_backends.flex import FlexBackend
 from makeready.attention_backends.flex.decode_plan import decode_rows, plan_decode
 from makeready.attention_backends.flex.kernel_options import decode_options, page_options
@@ -14,11 +15,15 @@ from makeready.attention_backends.flex.settings import flex_settings
 from makeready.attention_backends.flex.training import training_kernel
 from makeready.attention_backends.interface import BuildRequest
 from makeready.cache.specs import AttentionSpec
-from makeready.config import AttentionConfig
+from makeready.config import AttentionConfig, EngineConfig
 from makeready.device import DeviceFacts
-from makeready.errors import BackendError
+from makeready.errors import BackendError, BlockSizeError, ConfigError
 from makeready.platforms.kernel_blocks import kernel_block_size
 
+SMALL = {
+    "model_type": "llama", "hidden_size": 256, "num_attention_heads": 4, "head_dim": 64, "num_key_value_heads": 2,
+    "num_hidden_layers": 1, "intermediate_size": 64, "vocab_size": 64, "dtype": "bfloat16",
+}  # fmt: skip
 CPU, CUDA = (DeviceFacts(platform=name, device_type=name) for name in ("cpu", "cuda"))
 
 
@@ -157,12 +162,16 @@ def test_gpu_tiles_divide_the_mask_blocks_and_fit_in_shared_memory(group_size, h
     st.sampled_from([(4, 2), (32, 2), (6, 2)]),
     st.booleans(),
 )
+@example([(17, 0)], (6, 2), False)  # 17 tokens would be a unit of 32, with a group of 3 beyond 64 rows
+@example([(16, 0)], (6, 2), False)
 def test_short_queries_are_decodes_and_get_a_row_each_at_least(lens, heads, invariant):
     resolved = resolve(CUDA, AttentionConfig(batch_invariant=invariant), heads=heads)
     query_lens = [count for count, _ in lens]
     plan = plan_decode(query_lens, [count + before for count, before in lens], resolved)
     if plan is None:
-        assert min(query_lens) > (1 if invariant else 64 // (heads[0] // heads[1]))
+        fewest = min(query_lens)
+        assert fewest > 1
+        assert invariant or (1 << (fewest - 1).bit_length()) * (heads[0] // heads[1]) > 64
         return
     assert all(query_lens[request] <= plan.length for request in plan.requests)
     assert plan.length * (heads[0] // heads[1]) <= 64
@@ -250,3 +259,32 @@ def test_a_trainer_is_refused_what_serving_would_refuse(option, value):
     asked = {"head_size": 64, "dtype": "float32", "kernel_block_size": 16, "device_type": "cpu", option: value}
     with pytest.raises(BackendError, match=f"{option} {value!r} has no batch-invariant flex kernel"):
         training_kernel(**asked)
+
+
+@pytest.mark.parametrize("option", ["flex_attn_block_m", "flex_attn_block_n", "flex_attn_kv_block_size"])
+def test_blocks_below_a_matrix_product_are_refused_as_settings(option):
+    with pytest.raises(ConfigError, match=f"{option} 8 is not a power of two of at least 16, .*nearest: 16"):
+        EngineConfig.from_options(**{option: 8})
+    with pytest.raises(ConfigError, match=f"{option} 48 is not a power of two .*nearest: 32, 64"):
+        EngineConfig.from_options(**{option: 48})
+
+
+def test_a_plan_refuses_tiles_that_no_kernel_follows():
+    with pytest.raises(BackendError, match="flex_attn_block_n 32 cannot be respected on CPU"):
+        makeready.plan(SMALL, platform="cpu", backend="flex", flex_attn_block_n=32)
+    with pytest.raises(BackendError, match="flex_attn_block_n 256 is more than the 128 tokens"):
+        makeready.plan(SMALL, platform="cuda", backend="flex", flex_attn_block_n=256)
+
+
+def test_a_kernel_tile_is_a_constraint_of_the_block():
+    decided = makeready.plan(SMALL, platform="cuda", backend="flex", flex_attn_block_n=64)
+    assert (decided.block_size, decided.decision.kernel_block_sizes["flex"]) == (64, 64)
+    with pytest.raises(BlockSizeError, match="flex_attn_block_n needs a multiple of 64"):
+        makeready.plan(SMALL, platform="cuda", backend="flex", flex_attn_block_n=64, block_size=16)
+
+
+def test_tiles_of_flex_that_nobody_follows_are_warned_of():
+    idle = makeready.plan(SMALL, platform="cuda", flex_attn_block_m=32)
+    assert idle.layers[0].backend == "flash"
+    assert "flex_attn_block_m 32 changes nothing: flex serves no layer." in idle.warnings
+    assert not makeready.plan(SMALL, platform="cuda", backend="flex", flex_attn_block_m=32).warnings

@@ -102,6 +102,10 @@ def test_a_nested_text_config_is_read_with_the_outer_dtype() -> None:
     spec = read_model({"model_type": "qwen3_5", "dtype": "float16", "text_config": inner, "vision_config": {}})
     assert (spec.model_type, spec.dtype) == ("qwen3_5_text", "float16")
     assert Counter(layer.kind for layer in spec.layers) == {"gdn": 24, "attention": 8}
+    nested = {"model_type": "qwen3_5", "dtype": "float16", "text_config": {**inner, "torch_dtype": "bfloat16"}}
+    assert read_model(nested).dtype == "bfloat16"
+    with pytest.raises(ModelConfigError, match="dict: field torch_dtype is 'int8'"):
+        read_model({"model_type": "qwen3_5", "torch_dtype": "int8", "text_config": inner})
 
 
 def test_layers_of_families_that_list_none() -> None:
@@ -226,7 +230,8 @@ def test_unknown_families_name_the_known_ones() -> None:
         ({"layer_types": ["mamba", "magic"]}, "field layer_types is 'magic'; expected one of linear_attention"),
         ({"layer_types": "mamba"}, "field layer_types is 'mamba'; expected a list of words"),
         ({"num_hidden_layers": 7}, "hybrid_override_pattern names 5 layers but num_hidden_layers is 7"),
-        ({"torch_dtype": "int4"}, "field dtype is 'int4'; expected one of float32"),
+        ({"torch_dtype": "int4"}, "field torch_dtype is 'int4'; expected one of float32"),
+        ({"torch_dtype": None, "dtype": "int4"}, "field dtype is 'int4'"),
         ({"model_type": None}, "lacks the field model_type"),
         ({"text_config": 5}, "field text_config is 5; expected an object"),
     ],

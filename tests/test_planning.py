@@ -278,3 +278,19 @@ def test_padding_of_a_group_is_what_its_layers_leave_of_a_block(strategy) -> Non
 def test_a_switch_is_on_or_off(option, value):
     with pytest.raises(ConfigError, match=f"{option} .* is none of True, False"):
         mr.plan(NANO, platform="cuda", **{option: value})
+
+
+@pytest.mark.parametrize(
+    ("wrote", "meant"),
+    [("kv_cache_dytpe", "kv_cache_dtype"), ("memory", "memory_bytes"), ("tp", "tensor_parallel_size")],
+)
+def test_a_misspelled_setting_is_told_what_was_meant(wrote, meant):
+    with pytest.raises(ConfigError, match=f"setting '{wrote}' is not known, did you mean {meant}") as caught:
+        mr.plan(NANO, platform="cuda", **{wrote: 2})
+    assert len(caught.value.message) < 250
+    assert meant in caught.value.expected  # type: ignore[operator]
+
+
+def test_a_setting_that_resembles_none_is_told_where_they_are():
+    with pytest.raises(ConfigError, match="setting 'xyz' is not known; .*docs/reference/settings.md"):
+        mr.plan(NANO, platform="cuda", xyz=2)

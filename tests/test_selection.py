@@ -34,11 +34,11 @@ class Declared(AttentionBackend):
         raise NotImplementedError
 
 
-def layer(number=0, dtype="bfloat16", sinks=False, soft_cap=None, encoder_only=False, **spec):
+def layer(number=0, dtype="bfloat16", sinks=False, soft_cap=None, encoder_only=False, batch_invariant=False, **spec):
     base = AttentionSpec(num_query_heads=8, num_kv_heads=2, head_size=80, head_size_v=80, dtype="bfloat16")
     return LayerRequest(
         layer=number, spec=replace(base, **spec), dtype=dtype, sinks=sinks, soft_cap=soft_cap,
-        encoder_only=encoder_only,
+        encoder_only=encoder_only, batch_invariant=batch_invariant,
     )  # fmt: skip
 
 
@@ -134,10 +134,10 @@ def test_probes_decide_on_the_device_and_planning_assumes_that_all_is_installed(
 
 def test_batch_invariance_is_a_promise():
     candidates = [Declared(replace(FULL, name="fast", batch_invariant=False)), ReferenceBackend()]
-    selection = select_backend(layer(), candidates, CPU, batch_invariant=True)
+    selection = select_backend(layer(batch_invariant=True), candidates, CPU)
     assert selection.backend.name == "reference"
     with pytest.raises(BackendError, match="batch_invariant is asked, and the output of fast depends on the batch"):
-        select_backend(layer(), candidates, CPU, asked="fast", batch_invariant=True)
+        select_backend(layer(batch_invariant=True), candidates, CPU, asked="fast")
 
 
 def test_nothing_fits_names_every_reason():

@@ -149,6 +149,10 @@ def test_writing(compiled_for):
     write_triton.write_rows(key, value, *caches, torch.arange(64), scales=(1.0, 2.0), rotary=(angles, angles))
     write_triton.write_rows(key, value, *(cache.bfloat16() for cache in caches), torch.arange(64))
     fits(found, HOPPER, ["write_kernel"])
+    clamped, plain = (compiled.asm["ptx"] for _, compiled in found)
+    assert "max.NaN.f32" in clamped, "NaN would be stored as the least number of the cache's dtype"
+    assert "min.NaN.f32" in clamped
+    assert "max." not in plain
 
 
 def test_the_table_has_an_entry_for_every_head_size():

@@ -139,6 +139,21 @@ def test_write_agrees_with_the_host(stored, rotary):
     assert (found[0] == found[1]).float().mean() > 0.99
 
 
+@pytest.mark.parametrize("computed", [torch.bfloat16, torch.float16, torch.float32])
+@pytest.mark.parametrize("stored", [torch.float8_e4m3fn, torch.float8_e5m2, torch.float16])
+def test_write_keeps_nan_and_clamps_infinities_as_the_host_does(computed, stored):
+    rows = torch.zeros(6, 2, 16, dtype=computed)
+    rows[..., :4] = torch.tensor([float("nan"), float("inf"), -float("inf"), 60_000.0]).to(computed)
+    slots = torch.tensor([3, 20, -1, 17, 5, 40])
+    found = []
+    for device in ("cpu", CUDA):
+        pages = torch.zeros(4, 16, 4, 16, dtype=stored, device=device)
+        write_kv(rows.to(device), rows.to(device), pages[:, :, :2], pages[:, :, 2:], slots.to(device))
+        found.append(pages.float().cpu())
+    torch.testing.assert_close(found[1], found[0], rtol=0, atol=0, equal_nan=True)
+    assert found[1].isnan().sum() == 5 * 2 * 2
+
+
 def test_the_top_of_a_cache_of_more_than_two_to_the_31_elements():
     heads, width, block_size, count = 8, 128, 16, 70_000
     pages = torch.empty(count, block_size, 2 * heads, width, dtype=torch.bfloat16, device=CUDA)

@@ -122,7 +122,7 @@ def test_what_does_not_fit_is_refused_and_nothing_is_written():
         write_kv(key[:, :1], value, *views, slots)
     with pytest.raises(ConfigError, match=r"value has shape \(1, 2, 4\)"):
         write_kv(key, value[:1], *views, slots)
-    with pytest.raises(ConfigError, match=r"key is torch.int64 and its cache torch.float32: they need scales"):
+    with pytest.raises(ConfigError, match=r"key is torch.int64 and its cache torch.float32: .* floating-point dtypes"):
         write_kv(key.long(), value, *views, slots)
     for slot in (NUM_BLOCKS * 4, -2):
         with pytest.raises(IntegrityError, match=f"slot {slot} is outside the cache, which has 92 slots"):
@@ -130,6 +130,23 @@ def test_what_does_not_fit_is_refused_and_nothing_is_written():
     assert (cache.buffer == 0xFF).all()
     with pytest.raises(IntegrityError, match="9 tokens are asked of 2 blocks of 4"):
         gather_kv(views[0], [1, 2], 9)
+
+
+@pytest.mark.parametrize("scales", [None, (2.0, 2.0)])
+def test_integer_caches_take_integers_as_they_are(scales):
+    rows = torch.full((1, 1, 2), 7, dtype=torch.int8)
+    key, value = (torch.zeros(2, 4, 1, 2, dtype=torch.int8) for _ in range(2))
+    with pytest.raises(ConfigError, match="key is torch.float32 and its cache torch.int8: .*quantise the rows"):
+        write_kv(rows.float(), rows.float(), key, value, torch.tensor([5]), scales=scales)
+    if scales is None:
+        write_kv(rows, rows, key, value, torch.tensor([5]))
+        assert key[1, 1].tolist() == [[7, 7]]
+    else:
+        with pytest.raises(ConfigError, match="scales came with a key of torch.int8"):
+            write_kv(rows, rows, key, value, torch.tensor([5]), scales=scales)
+    angles = (torch.ones(1, 1), torch.ones(1, 1))
+    with pytest.raises(ConfigError, match="(rotary|scales) came with a key of torch.int8"):
+        write_kv(rows, rows, key, value, torch.tensor([5]), rotary=angles, scales=scales)
 
 
 @pytest.mark.cuda

@@ -10,9 +10,9 @@ from makeready.config import EngineConfig
 HEAD = """# Settings
 
 Every setting of `EngineConfig`, by part. The same names are options of `makeready.plan`, `prepare` and `launch` in
-Python; the command line has those that `makeready plan --help` and `makeready launch --help` list, with dashes. `None`
-and `auto` mean that makeready chooses and says why; only `plan` has to be told its platform. This page is written by
-`tools/write_settings_page.py`.
+Python, and with dashes of the command line, which `makeready plan --help` and `makeready launch --help` list (in short:
+`--tp`, `--pp`, `--dp`, `--memory`, `--device-memory`, `--provider`). `None` and `auto` mean that makeready chooses and
+says why; only `plan` has to be told its platform. This page is written by `tools/write_settings_page.py`.
 """
 
 

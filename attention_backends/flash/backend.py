@@ -10,6 +10,7 @@ from ...config import LAYOUTS, AttentionConfig
 from ...device import DeviceFacts
 from ...errors import BackendError
 from ..interface import AttentionBackend, AttentionImpl, BuildRequest, Capabilities, LayerRequest, Probe, ProviderFacts
+from ..workspace import StepLimits, Workspace, total_bytes
 from .flash_attention_3 import FlashAttention3
 from .flash_attention_4 import FlashAttention4
 from .ipex import IpexProvider
@@ -103,6 +104,21 @@ class FlashBackend(AttentionBackend):
             reasons.append(f"{provider.name}: {probe.reason}")
         return Probe(available=False, reason=self._nothing_serves(device, reasons))
 
+    def declared_refusals(self, request: LayerRequest, device: DeviceFacts) -> tuple[str, ...]:
+        """What the asked provider, or each where batch invariance narrows the choice, does not have for the layer.
+
+        Else the platform's providers share what they serve, and :meth:`capabilities` says it.
+        """
+        if self.asked is None and not request.batch_invariant:
+            return ()
+        found: list[str] = []
+        for provider in self._serving(device):
+            lacking = layer_refusals(provider, request, device)
+            if not lacking:
+                return ()
+            found += lacking
+        return tuple(found)
+
     def refusals(self, request: LayerRequest, device: DeviceFacts) -> tuple[str, ...]:
         """Empty if a provider that loads here can serve the layer; else what each of them lacks for it."""
         found = []
@@ -113,6 +129,18 @@ class FlashBackend(AttentionBackend):
                     return ()
                 found.append("; ".join(lacking))
         return (f"no flash provider that loads here can serve it: {'; '.join(found)}",) if found else ()
+
+    def workspace(self, request: LayerRequest, device: DeviceFacts, limits: StepLimits) -> Workspace:
+        """That of the provider which will be built; on a device that is only planned for, the largest of all."""
+        found = (
+            provider.workspace(request, device, limits)
+            for provider in self._serving(device)
+            if not layer_refusals(provider, request, device)
+            and (not device.present or self._standing(provider, device, self.asked).available)
+        )
+        if device.present:
+            return next(found, Workspace())
+        return max(found, key=lambda one: total_bytes([one]), default=Workspace())
 
     def providers_on(self, device: DeviceFacts) -> tuple[ProviderFacts, ...]:
         """Each with its probe and its constraints."""

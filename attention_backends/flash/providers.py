@@ -9,6 +9,7 @@ from ...cache.specs import AttentionSpec
 from ...device import DeviceFacts
 from ..interface import AttentionImpl, BuildRequest, Capabilities, LayerRequest, Probe
 from ..selection import refusals
+from ..workspace import StepLimits, Workspace
 
 
 class FlashProvider(ABC):
@@ -31,6 +32,14 @@ class FlashProvider(ABC):
         """What :class:`Capabilities` has no word for: why a layer that fits them is not served, or ``None``."""
         return None
 
+    def invariance_refusal(self, spec: AttentionSpec, device: DeviceFacts) -> str | None:
+        """Why a layer that these kernels serve is not served under batch invariance, or ``None``."""
+        return None
+
+    def workspace(self, request: LayerRequest, device: DeviceFacts, limits: StepLimits) -> Workspace:
+        """What these kernels take beside the cache for such layers, at most."""
+        return Workspace()
+
     def only_when_asked(self, device: DeviceFacts) -> str | None:
         """Why automatic choice passes over these kernels on ``device`` though they serve; ``None`` if it does not."""
         return None
@@ -47,6 +56,8 @@ def layer_refusals(provider: FlashProvider, request: LayerRequest, device: Devic
     """What a layer asks that the provider's kernels do not have, a sentence each."""
     found = refusals(replace(provider.constraints(device), name=provider.name), request)
     beyond = provider.spec_refusal(request.spec)
+    if beyond is None and not found and request.batch_invariant:
+        beyond = provider.invariance_refusal(request.spec, device)
     return found if beyond is None else (*found, f"{provider.name} {beyond}")
 
 
@@ -60,6 +71,7 @@ def build_refusals(provider: FlashProvider, request: BuildRequest) -> tuple[str,
         soft_cap=request.soft_cap,
         sinks=request.sinks,
         encoder_only=request.encoder_only,
+        batch_invariant=request.config.batch_invariant,
     )
     found = list(layer_refusals(provider, layer, request.device))
     if not can.dtypes:
@@ -74,8 +86,6 @@ def build_refusals(provider: FlashProvider, request: BuildRequest) -> tuple[str,
         found.append(f"{provider.name} reads blocks of {sizes} tokens, not {block}")
     if request.layout is not None and request.layout not in can.layouts:
         found.append(f"{provider.name} reads pages in {', '.join(can.layouts)}, not {request.layout}")
-    if request.config.batch_invariant and not can.batch_invariant:
-        found.append(f"batch_invariant is asked, and the output of {provider.name} depends on the batch")
     return tuple(found)
 
 

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from importlib.util import find_spec
 
-from ...config import DTYPES, LAYOUTS
+from ...config import DTYPES, LAYOUTS, AttentionConfig
 from ...device import DeviceFacts
-from ..interface import AttentionBackend, AttentionImpl, BuildRequest, Capabilities, Probe
-from .settings import KERNEL_BLOCKS, flex_settings
+from ...errors import BackendError
+from ..interface import AttentionBackend, AttentionImpl, BuildRequest, Capabilities, LayerRequest, Probe
+from ..workspace import StepLimits, Workspace
+from .settings import KERNEL_BLOCKS, check_layer, flex_settings
 
 DEVICE_TYPES = ("cpu", "cuda", "xpu", "hpu", "mps")
 """What torch's flex_attention accepts; any other device is refused there by name."""
@@ -16,9 +19,19 @@ FIRST_TORCH_WITH_LONG_INDEX = (2, 14)
 
 
 class FlexBackend(AttentionBackend):
-    """Block masks straight from the block table: the cache is never copied, and only live blocks are read."""
+    """Block masks straight from the block table: the cache is never copied, and only live blocks are read.
+
+    :param config: the user's tiles and mask blocks; ``None`` leaves them to the kernels.
+    """
 
     name = "flex"
+
+    def __init__(self, config: AttentionConfig | None = None) -> None:
+        self._config = config or AttentionConfig()
+
+    def configured(self, config: AttentionConfig, device: DeviceFacts) -> FlexBackend:
+        """With the user's tiles, which a layer may not fit."""
+        return FlexBackend(config)
 
     def capabilities(self, device: DeviceFacts) -> Capabilities:
         """Nothing outside :data:`DEVICE_TYPES`; on a GPU the limits of torch's Triton templates.
@@ -49,6 +62,41 @@ class FlexBackend(AttentionBackend):
             reads_unwritten_slots=True,
             max_view_elements=None if cpu or _has_tma(device) or _indexes_in_64_bits(device) else INT32_ELEMENTS,
         )
+
+    def declared_refusals(self, request: LayerRequest, device: DeviceFacts) -> tuple[str, ...]:
+        """Tiles that ``device`` cannot follow, and query heads that they cannot hold."""
+        config = replace(self._config, batch_invariant=request.batch_invariant)
+        try:
+            check_layer(config, request.spec, device, invariant=self.capabilities(device).batch_invariant)
+        except BackendError as error:
+            return (error.message,)
+        return ()
+
+    def workspace(self, request: LayerRequest, device: DeviceFacts, limits: StepLimits) -> Workspace:
+        """Block lists, which steps share, and the run that long queries read K and V from; latents have neither.
+
+        The numbers of the shortest kernel block, which has the longest lists; 8 bytes a block of the pool come on top.
+        """
+        if request.spec.mla:
+            return Workspace()
+        config = replace(self._config, batch_invariant=request.batch_invariant)
+        block = config.flex_attn_kv_block_size or config.flex_attn_block_n or KERNEL_BLOCKS[0]
+        settings = flex_settings(
+            BuildRequest(
+                device=device,
+                spec=request.spec,
+                dtype=request.dtype,
+                block_size=block,
+                kernel_block_size=block,
+                num_blocks=0,
+                max_num_seqs=limits.max_num_seqs,
+                max_num_batched_tokens=limits.max_num_batched_tokens,
+                max_model_len=limits.max_model_len,
+                config=config,
+            ),
+            self.capabilities(device),
+        )
+        return Workspace(kept_bytes=settings.buffer_bytes, layer_bytes=settings.run_bytes)
 
     def supports_batch_invariance(self, device: DeviceFacts) -> bool:
         """Whether the same request has the same bits in every batch, once ``batch_invariant`` asks for it."""

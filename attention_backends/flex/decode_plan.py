@@ -43,7 +43,7 @@ def plan_decode(query_lens: Sequence[int], seq_lens: Sequence[int], settings: Fl
 
     :param seq_lens: of the requests; upper bounds do, when the step is captured.
     """
-    most = 1 if settings.batch_invariant else max(1, PACKED_ROWS // settings.group_size)
+    most = 1 if settings.batch_invariant else longest_packed(settings.group_size)
     requests = tuple(index for index, count in enumerate(query_lens) if 0 < count <= most)
     if not requests:
         return None
@@ -52,6 +52,12 @@ def plan_decode(query_lens: Sequence[int], seq_lens: Sequence[int], settings: Fl
     whole = length == 1 and len(requests) == len(query_lens)
     longest = max(seq_lens[index] for index in requests)
     return DecodePlan(requests, length, decode_rows(len(requests), longest, settings), whole)
+
+
+def longest_packed(group: int) -> int:
+    """The most query tokens of a unit: a power of two, as units are made, and no more than :data:`PACKED_ROWS` rows."""
+    fitting = max(1, PACKED_ROWS // group)
+    return 1 << (fitting.bit_length() - 1)
 
 
 def decode_rows(units: int, longest: int, settings: FlexSettings) -> int:

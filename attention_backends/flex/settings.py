@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from ...config import AttentionConfig
+from ...cache.specs import AttentionSpec
+from ...config import LEAST_FLEX_BLOCK, AttentionConfig
 from ...device import DeviceFacts
 from ...errors import BackendError
 from ..interface import BuildRequest, Capabilities
-from .tiles import FEWEST_ROWS, ORDINARY_QUERY_BLOCK, decode_tile
+from .tiles import FEWEST_ROWS, INVARIANT_ROWS, ORDINARY_QUERY_BLOCK, decode_tile
 
 KERNEL_BLOCKS = (16, 32, 64, 128)
 """KV blocks to choose from: the planner takes the largest that divides the block. Powers of two, as Triton asks."""
@@ -146,8 +147,8 @@ def flex_settings(request: BuildRequest, capabilities: Capabilities) -> FlexSett
     query_block = config.flex_attn_q_block_size or ORDINARY_QUERY_BLOCK
     if invariant:
         query_block = invariant_query_block(config, on_cpu=on_cpu)
-        _check_invariance(request, capabilities, kernel_block, query_block, group)
-    _check_tiles(request, kernel_block, query_block, on_cpu)
+    check_layer(config, spec, request.device, invariant=capabilities.batch_invariant)
+    _check_tiles(config, kernel_block, query_block)
     _check_address_range(request, capabilities)
     longest = config.flex_attn_q_block_size or (CPU_ROW if on_cpu else ORDINARY_QUERY_BLOCK)
     lengths = {1, min(SHORT_ROW, longest), longest}
@@ -193,21 +194,54 @@ def invariant_kv_block(config: AttentionConfig, kernel_block: int, *, on_cpu: bo
     return asked or (kernel_block if on_cpu else max(kernel_block, ORDINARY_QUERY_BLOCK))
 
 
-def _check_invariance(
-    request: BuildRequest, capabilities: Capabilities, kernel_block: int, query_block: int, group: int
-) -> None:
-    """Refuse by name what cannot promise the same bits whatever else is in the batch."""
-    if not capabilities.batch_invariant:
+def check_layer(config: AttentionConfig, spec: AttentionSpec, device: DeviceFacts, *, invariant: bool) -> None:
+    """What a plan knows already: tiles that the device cannot follow, and query heads that no tile holds.
+
+    :param invariant: whether the backend can promise the same bits in every batch on ``device``.
+    :raises BackendError: with the setting, or the heads, that clash.
+    """
+    if config.batch_invariant and not invariant:
         raise BackendError(
-            f"flex on {request.device.device_type} cannot promise the same bits in every batch",
+            f"flex on {device.device_type} cannot promise the same bits in every batch",
             option="batch_invariant",
             value=True,
             expected=False,
         )
-    if request.device.device_type == "cpu":
-        return
-    tile = request.config.flex_attn_block_m or min(query_block, 64)
-    if group > tile:
+    for option in ("flex_attn_block_m", "flex_attn_block_n"):
+        tile = getattr(config, option)
+        if tile is not None and device.device_type == "cpu":
+            raise BackendError(
+                f"{option} {tile} cannot be respected on CPU: torch's C++ kernel chooses its own tiles",
+                option=option,
+                value=tile,
+                expected="unset",
+            )
+    columns = config.flex_attn_block_n or 0
+    if columns > KERNEL_BLOCKS[-1] and config.flex_attn_kv_block_size is None:
+        raise BackendError(
+            f"flex_attn_block_n {columns} is more than the {KERNEL_BLOCKS[-1]} tokens of the largest KV block that is "
+            f"chosen; set flex_attn_kv_block_size {columns} as well",
+            option="flex_attn_block_n",
+            value=columns,
+            expected=f"<= {KERNEL_BLOCKS[-1]}, or flex_attn_kv_block_size",
+        )
+    if device.device_type != "cpu":
+        _check_group(config, spec.num_query_heads // spec.num_kv_heads)
+
+
+def _check_group(config: AttentionConfig, group: int) -> None:
+    """Decoding packs the query heads of a KV head into one tile; under batch invariance into that of a prefill."""
+    block = config.flex_attn_q_block_size or ORDINARY_QUERY_BLOCK
+    if block < max(SHORT_ROW, group):
+        raise BackendError(
+            f"flex_attn_q_block_size {block} is smaller than {max(SHORT_ROW, group)}, "
+            f"the rows that decoding packs into one tile for {group} query heads a KV head",
+            option="flex_attn_q_block_size",
+            value=block,
+            expected=f">= {max(SHORT_ROW, group)}",
+        )
+    tile = config.flex_attn_block_m or min(block, INVARIANT_ROWS)
+    if config.batch_invariant and group > tile:
         raise BackendError(
             f"flex_attn_block_m {tile} is smaller than the {group} query heads of a KV head, which one tile of a "
             "decode must hold for its bits to be those of a prefill",
@@ -265,37 +299,19 @@ def _check_dtypes(request: BuildRequest, capabilities: Capabilities) -> None:
         )
 
 
-def _check_tiles(request: BuildRequest, kernel_block: int, query_block: int, on_cpu: bool) -> None:
+def _check_tiles(config: AttentionConfig, kernel_block: int, query_block: int) -> None:
     tiles = (
-        ("flex_attn_block_m", request.config.flex_attn_block_m, "flex_attn_q_block_size", query_block),
-        ("flex_attn_block_n", request.config.flex_attn_block_n, "KV block", kernel_block),
+        ("flex_attn_block_m", config.flex_attn_block_m, "flex_attn_q_block_size", query_block),
+        ("flex_attn_block_n", config.flex_attn_block_n, "KV block", kernel_block),
     )
     for option, tile, block_name, block in tiles:
-        if tile is None:
-            continue
-        if on_cpu:
+        if tile is not None and (tile < LEAST_FLEX_BLOCK or block % tile):
             raise BackendError(
-                f"{option} {tile} cannot be respected on CPU: torch's C++ kernel chooses its own tiles",
+                f"{option} {tile} must be at least {LEAST_FLEX_BLOCK} and divide the {block_name} {block}",
                 option=option,
                 value=tile,
-                expected="unset",
+                expected=f"a divisor of {block}, {LEAST_FLEX_BLOCK} or more",
             )
-        if tile < 16 or block % tile:
-            raise BackendError(
-                f"{option} {tile} must be at least 16 and divide the {block_name} {block}",
-                option=option,
-                value=tile,
-                expected=f"a divisor of {block}, 16 or more",
-            )
-    group = request.spec.num_query_heads // request.spec.num_kv_heads
-    if not on_cpu and query_block < max(16, group):
-        raise BackendError(
-            f"flex_attn_q_block_size {query_block} is smaller than {max(16, group)}, "
-            f"the rows that decoding packs into one tile for {group} query heads a KV head",
-            option="flex_attn_q_block_size",
-            value=query_block,
-            expected=f">= {max(16, group)}",
-        )
 
 
 def _check_address_range(request: BuildRequest, capabilities: Capabilities) -> None:

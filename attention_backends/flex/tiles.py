@@ -10,6 +10,8 @@ from dataclasses import dataclass
 ORDINARY_QUERY_BLOCK = 128
 FEWEST_ROWS = 2
 """A batch of one row would be compiled apart from all other sizes."""
+INVARIANT_ROWS = 64
+"""Query rows of the one tile under batch invariance."""
 TILE_BYTES = 16384
 """Of K or V in one iteration: three of each, and the queries, fit in shared memory for every head size."""
 MANY_PROGRAMS = 512
@@ -85,8 +87,8 @@ def invariant_tile(
     columns = key_columns(head_size, element_bytes, min(kernel_block, 64))
     full = columns * _power_of_two(head_size) * element_bytes >= TILE_BYTES
     if prefill:
-        return Tile(block_m=64, block_n=columns, warps=4, stages=2 if full else 3, tma=True)
-    return Tile(block_m=64, block_n=columns, warps=4, stages=3, tma=columns < 64)
+        return Tile(block_m=INVARIANT_ROWS, block_n=columns, warps=4, stages=2 if full else 3, tma=True)
+    return Tile(block_m=INVARIANT_ROWS, block_n=columns, warps=4, stages=3, tma=columns < 64)
 
 
 def prefill_tile(head_size: int, element_bytes: int) -> Tile:

@@ -209,6 +209,16 @@ def prefill_config(
     return replace(config, block_m=max(config.block_m, 1 << (group - 1).bit_length()))
 
 
+def invariant_rows(device: DeviceFacts, head_size: int) -> int:
+    """Rows of a tile in the batch-invariant mode: the most query heads of a KV head that it serves.
+
+    :param device: one that is only planned for and says nothing of itself gets what the best of its type has.
+    """
+    if device.device_type == "cuda" and device.compute_capability is None and not device.present:
+        return max(_first(kind, head_size).invariant_prefill.block_m for kind in ("hopper", "any"))
+    return _entry(device, head_size).invariant_prefill.block_m
+
+
 def invariant_tiles(tile: int, max_model_len: int) -> int:
     """Tiles of a segment: a number that follows from the build alone, so that a request's sums do."""
     segment = SEGMENT
@@ -219,6 +229,8 @@ def invariant_tiles(tile: int, max_model_len: int) -> int:
 
 def _entry(device: DeviceFacts, head_size: int) -> Entry:
     capability = device.compute_capability
-    kind = "hopper" if capability is not None and capability[0] == 9 else "any"
-    fitting = [entry for entry in TABLE if entry.device == kind and head_size <= entry.head_size]
-    return fitting[0]
+    return _first("hopper" if capability is not None and capability[0] == 9 else "any", head_size)
+
+
+def _first(kind: str, head_size: int) -> Entry:
+    return next(entry for entry in TABLE if entry.device == kind and head_size <= entry.head_size)

@@ -86,7 +86,7 @@ def decode_kernel(
     D: tl.constexpr, DP: tl.constexpr, DV: tl.constexpr, DVP: tl.constexpr,
     BLOCK_SIZE: tl.constexpr, TILE: tl.constexpr, STAGES: tl.constexpr, SWAP: tl.constexpr,
     WINDOW: tl.constexpr, SOFT_CAP: tl.constexpr, SINKS: tl.constexpr, ALIBI: tl.constexpr, LSE: tl.constexpr,
-    FIXED: tl.constexpr, EVICT: tl.constexpr,
+    FIXED: tl.constexpr, EVICT: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
     """Rows are (query token, query head of the KV head), ROWS of them. ``scale`` holds log2(e) and K's scale.
 
@@ -98,6 +98,9 @@ def decode_kernel(
     NARROW: tl.constexpr = k_ptr.dtype.element_ty.primitive_bitwidth == 8
     KIND: tl.constexpr = tl.float16 if NARROW else q_ptr.dtype.element_ty
     policy: tl.constexpr = "evict_first" if EVICT else ""
+    if EARLY:
+        tl.extra.cuda.gdc_launch_dependents()
+        tl.extra.cuda.gdc_wait()
     head = tl.program_id(0) % HK
     p = tl.program_id(0) // HK
     total = tl.load(starts_ptr + num_requests)

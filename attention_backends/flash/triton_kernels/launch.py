@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 import triton
 
+from ....early_launch import early_launch
 from ...interface import AttentionCall
 from ...metadata import StepMetadata
 from .configs import DecodeConfig, PrefillConfig
@@ -110,7 +111,7 @@ def decode(
         BLOCK_SIZE=key_cache.shape[1], TILE=config.tile, STAGES=config.stages, SWAP=config.swap,
         WINDOW=work.window, SOFT_CAP=call.soft_cap is not None, SINKS=call.sinks is not None,
         ALIBI=call.alibi_slopes is not None, LSE=lse is not None, FIXED=config.fixed, EVICT=config.evict,
-        num_warps=config.warps, num_stages=config.stages,
+        num_warps=config.warps, num_stages=config.stages, **early_launch(query.device),
     )  # fmt: skip
 
 

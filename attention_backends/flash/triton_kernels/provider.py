@@ -10,9 +10,11 @@ from ....cache.specs import AttentionSpec
 from ....config import LAYOUTS
 from ....device import DeviceFacts
 from ....errors import BackendError
-from ...interface import AttentionImpl, BuildRequest, Capabilities, Probe
+from ...interface import AttentionImpl, BuildRequest, Capabilities, LayerRequest, Probe
+from ...workspace import StepLimits, Workspace
 from ..providers import FlashProvider, build_refusals
-from .configs import prefill_config
+from .configs import invariant_rows
+from .scratch import workspace_of
 
 HALF = frozenset({"bfloat16", "float16"})
 FP8 = frozenset({"fp8_e4m3", "fp8_e5m2"})
@@ -75,6 +77,24 @@ class TritonProvider(FlashProvider):
             f"reads head sizes of a multiple of {HEAD_SIZE_MULTIPLE} up to {MAX_HEAD_SIZE}, not V's {spec.head_size_v}"
         )
 
+    def invariance_refusal(self, spec: AttentionSpec, device: DeviceFacts) -> str | None:
+        """Under batch invariance the tile is fixed, and must hold the query heads of a KV head."""
+        if spec.mla:
+            return None
+        size, group = max(spec.head_size, spec.head_size_v), spec.num_query_heads // spec.num_kv_heads
+        tile = invariant_rows(device, size)
+        if group <= tile:
+            return None
+        return (
+            f"has tiles of {tile} rows at head size {size} under batch_invariant, and a KV head has {group} query heads"
+        )
+
+    def workspace(self, request: LayerRequest, device: DeviceFacts, limits: StepLimits) -> Workspace:
+        """Partial sums, and the copy of K and V that a long prefill reads; latents are the engine's to expand."""
+        if request.spec.mla:
+            return Workspace()
+        return workspace_of(request.spec, device, limits, invariant=request.batch_invariant)
+
     def probe(self, device: DeviceFacts) -> Probe:
         """Triton is missing, too old, or the device is; else ours."""
         refusal = self._why_not(device)
@@ -87,9 +107,7 @@ class TritonProvider(FlashProvider):
 
         :raises BackendError: where Triton or the device is too old, and for a request outside :meth:`constraints`.
         """
-        refusal = (
-            self._why_not(request.device) or "; ".join(build_refusals(self, request)) or _group_refusal(request) or ""
-        )
+        refusal = self._why_not(request.device) or "; ".join(build_refusals(self, request))
         if refusal:
             raise BackendError(
                 f"flash by triton: {refusal}",
@@ -115,24 +133,6 @@ class TritonProvider(FlashProvider):
                 f"{device.name} has {capability[0]}.{capability[1]}"
             )
         return None
-
-
-def _group_refusal(request: BuildRequest) -> str | None:
-    """Under batch invariance the tile is fixed, and must hold the query heads of a KV head."""
-    spec = request.spec
-    if spec.mla or not request.config.batch_invariant:
-        return None
-    group = spec.num_query_heads // spec.num_kv_heads
-    tile = prefill_config(
-        request.device, spec.head_size, spec.head_size_v, group, requests=1, queries=1, keys=1,
-        block_size=request.block_size, causal=True, narrow=False, invariant=True, max_model_len=request.max_model_len,
-    ).block_m  # fmt: skip
-    if group <= tile:
-        return None
-    return (
-        f"batch_invariant is asked, whose tiles have {tile} rows at head size {max(spec.head_size, spec.head_size_v)}, "
-        f"and a KV head has {group} query heads"
-    )
 
 
 def _compute_units(device: DeviceFacts) -> int:

@@ -11,8 +11,12 @@ from typing import Any
 import torch
 
 from .merging import merge_linears
+from .overlapping import overlap_attention
 
 CompiledForward = Callable[..., Any]
+
+IN_ORDER = {"reorder_for_peak_memory": False, "reorder_for_locality": False}
+"""Of Inductor: run things in the order that they are in, where that order is a purpose."""
 
 KINDS = 64
 """Kinds of layers, times two (one token, several): more than any model has."""
@@ -62,8 +66,10 @@ class CompiledLayers:
     def _compile(self, one_token: bool, module: torch.fx.GraphModule, inputs: list[Any]) -> Any:
         from torch._dynamo import lookup_backend
 
+        options = dict((self._one_token if one_token else self._options) or {})
+        if overlap_attention(module) and self._backend == "inductor":
+            options |= IN_ORDER
         merge_linears(module, alone=one_token)
-        options = self._one_token if one_token else self._options
         backend: Any = lookup_backend(self._backend)
         return backend(module, inputs, config_patches=options) if options else backend(module, inputs)
 

@@ -45,10 +45,18 @@ class PackedStep:
 
 
 class ForwardContext:
-    """One forward in progress. ``layer`` moves on as decoder layers run."""
+    """One forward in progress. ``layer`` moves on as decoder layers run.
 
-    def __init__(self, binding: Binding, kernels: MixerKernels | None, step: PackedStep) -> None:
+    :param aside: a stream for attention that a layer's state mixers do not need; None to run one after the other.
+    """
+
+    def __init__(
+        self, binding: Binding, kernels: MixerKernels | None, step: PackedStep, aside: torch.cuda.Stream | None = None
+    ) -> None:
         self.step = step
+        self.aside = aside
+        self.attended: torch.Tensor | None = None
+        """What attention makes aside, from its beginning to its end."""
         self.layer = -1
         self._binding = binding
         self._kernels = kernels

@@ -7,11 +7,12 @@ each alone would leave most of the device idle. Imports Triton.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import cache
 
 import torch
 import triton
 import triton.language as tl
+
+from ....early_launch import early_launch
 
 MAX_WEIGHTS = 4
 
@@ -126,14 +127,6 @@ def launch(
         x, x if residual is None else residual, *weights, *[weights[0]] * missing, *outputs, *[outputs[0]] * missing,
         *sizes, x.shape[0], x.shape[1], x.stride(0), TOKENS=tiles.tokens, ROWS=tiles.rows, COLUMNS=tiles.columns,
         ADDED=residual is not None, UNROLLED=tiles.unrolled, num_warps=tiles.warps, num_stages=tiles.stages,
-        **_early(x.device),
+        **early_launch(x.device),
     )  # fmt: skip
     return outputs
-
-
-@cache
-def _early(device: torch.device) -> dict[str, bool]:
-    """Whether a kernel may start while the one before it ends: NVIDIA devices from Hopper on."""
-    if device.type != "cuda" or torch.version.cuda is None or torch.cuda.get_device_capability(device) < (9, 0):
-        return {"EARLY": False}
-    return {"EARLY": True, "launch_pdl": True}

@@ -11,14 +11,15 @@ from ..records import Ready
 from .compiling import CompiledLayers
 from .runner import PackedRunner
 
-ONE_TOKEN = {"combo_kernels": True}
-"""Of Inductor, where a step is many tiny kernels: those that do not depend on each other share a launch."""
+SEVERAL = {"triton.enable_pdl": True}
+"""Of Inductor: a kernel is set up while the one before it ends, as ours are (:mod:`makeready.early_launch`)."""
+ONE_TOKEN = {**SEVERAL, "combo_kernels": True}
+"""Where a step is many tiny kernels, those that do not depend on each other share a launch, too."""
 
 
 def open_packed(model: Any, ready: Ready, traits: Traits, execution: Execution) -> PackedRunner:
     """The runner that ``execution`` asks for, with its graphs captured."""
-    options = ONE_TOKEN if model.device.type == "cuda" else None
-    compiled = CompiledLayers(one_token=options) if execution.compile_layers else None
+    compiled = _compiled(model.device.type) if execution.compile_layers else None
     runner = PackedRunner(
         model,
         ready,
@@ -34,3 +35,7 @@ def open_packed(model: Any, ready: Ready, traits: Traits, execution: Execution) 
         runner.close()
         raise
     return runner
+
+
+def _compiled(device_type: str) -> CompiledLayers:
+    return CompiledLayers(options=SEVERAL, one_token=ONE_TOKEN) if device_type == "cuda" else CompiledLayers()

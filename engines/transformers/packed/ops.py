@@ -14,7 +14,7 @@ import torch
 
 from ....attention_backends.interface import AttentionCall
 from ....cache.write import write_kv
-from ....errors import BackendError
+from ....errors import BackendError, IntegrityError
 from .context import ForwardContext, running
 from .linears import like_linear_add, like_linears, linear_add, linears
 
@@ -23,6 +23,9 @@ NO_LIMIT = (0.0, math.inf)
 _SCHEMAS = {
     "attention": "(Tensor query, Tensor key, Tensor value, Tensor? sinks, float scale, bool causal, int? window,"
     " float? soft_cap) -> Tensor",
+    "attention_begin": "(Tensor query, Tensor key, Tensor value, Tensor? sinks, float scale, bool causal, int? window,"
+    " float? soft_cap) -> Tensor",
+    "attention_end": "(Tensor begun, Tensor query, Tensor key, Tensor value) -> Tensor",
     "causal_conv": "(Tensor x, Tensor weight, Tensor? bias, str? activation) -> Tensor",
     "mamba2": "(Tensor x, Tensor dt, Tensor A, Tensor B, Tensor C, Tensor? D, Tensor? dt_bias, bool dt_softplus,"
     " float dt_min, float dt_max, int chunk_size) -> Tensor",
@@ -41,6 +44,8 @@ def operators() -> Any:
     library: Any = torch.library.Library(_NAMESPACE, "FRAGMENT")  # type: ignore[no-untyped-call]
     implementations: dict[str, tuple[Any, Any]] = {
         "attention": (_attention, _like_attention),
+        "attention_begin": (_attention_begin, _like_begun),
+        "attention_end": (_attention_end, _like_ended),
         "causal_conv": (_causal_conv, _like_first),
         "mamba2": (_mamba2, _like_first),
         "mamba1": (_mamba1, _like_first),
@@ -85,6 +90,29 @@ def _attention(
     write_kv(key, value, layer.key, layer.value, context.step.metadata[layer.group].slot_mapping)
     call = AttentionCall(scale=scale, causal=causal, sliding_window=window, soft_cap=soft_cap, sinks=sinks)
     return layer.impl.forward(query, layer.key, layer.value, context.step.prepared[layer.layer], call)
+
+
+def _attention_begin(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *call: Any) -> torch.Tensor:
+    """Attention on the stream aside, if the step has one, until :func:`_attention_end`."""
+    context = running()
+    if context.aside is None:
+        context.attended = _attention(query, key, value, *call)
+    else:
+        context.aside.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(context.aside):
+            context.attended = _attention(query, key, value, *call)
+    return query.new_empty(0)
+
+
+def _attention_end(begun: torch.Tensor, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+    """What was begun. Its inputs are named again, so that their memory is not given to others before."""
+    context = running()
+    if context.aside is not None:
+        torch.cuda.current_stream().wait_stream(context.aside)
+    attended, context.attended = context.attended, None
+    if attended is None:
+        raise IntegrityError(f"layer {context.layer} ends an attention that it has not begun")
+    return attended
 
 
 def _causal_conv(
@@ -173,6 +201,14 @@ def _kda(
 
 def _like_attention(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *_: Any) -> torch.Tensor:
     return query.new_empty(query.shape[0], query.shape[1], value.shape[2])
+
+
+def _like_begun(query: torch.Tensor, *_: Any) -> torch.Tensor:
+    return query.new_empty(0)
+
+
+def _like_ended(_: torch.Tensor, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+    return _like_attention(query, key, value)
 
 
 def _like_first(x: torch.Tensor, *_: Any) -> torch.Tensor:

@@ -77,7 +77,9 @@ class PackedRunner:
         register()
         model.set_attn_implementation(PACKED_NAME)
         self._graphs: DecodeGraphs | None = None
+        self._aside: Any = None
         if cuda_graphs:
+            self._aside = torch.cuda.Stream()  # type: ignore[no-untyped-call]
             inputs = DecodeInputs(self._seats, self._builder.state_groups, scheduler.max_num_seqs, self._device)
             buckets = buckets_up_to(scheduler.max_num_seqs)
             self._graphs = DecodeGraphs(self._builder, inputs, self._decode, buckets)
@@ -125,12 +127,17 @@ class PackedRunner:
 
     def _decode(self, step: PackedStep, ids: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
         """Logits of every row of a step of decodes."""
-        return self._in_context(step, ids, positions, 0)
+        return self._in_context(step, ids, positions, 0, self._aside)
 
     def _in_context(
-        self, step: PackedStep, ids: torch.Tensor, positions: torch.Tensor, keep: torch.Tensor | int
+        self,
+        step: PackedStep,
+        ids: torch.Tensor,
+        positions: torch.Tensor,
+        keep: torch.Tensor | int,
+        aside: torch.cuda.Stream | None = None,
     ) -> torch.Tensor:
-        context = ForwardContext(self._binding, self._kernels, step)
+        context = ForwardContext(self._binding, self._kernels, step, aside)
         with self._exchange.active(), self._limits(), forward_of(context):
             logits = self._logits(ids, positions, keep)
         context.check_complete()

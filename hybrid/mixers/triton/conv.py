@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 
+from ....early_launch import early_launch
 from ..batch import StateBatch
 from .chunks import chunk_table
 from .kernels.conv import conv_chunk, conv_chunk_wide, conv_step
@@ -44,7 +45,7 @@ def causal_conv(
     if batch.num_requests and batch.may_have_decodes:
         conv_step[(-(-channels // _STEP_CHANNELS), batch.num_requests)](
             *tensors, batch.query_start, channels, *strides, **constants,
-            PACKED=batch.decode_only, BLOCK_C=_STEP_CHANNELS, num_warps=4,
+            PACKED=batch.decode_only, BLOCK_C=_STEP_CHANNELS, num_warps=4, **early_launch(x.device),
         )  # fmt: skip
     if batch.max_query_len > 1:
         narrow = 2 <= kernel <= 4

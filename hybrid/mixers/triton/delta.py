@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 
+from ....early_launch import early_launch
 from ..batch import StateBatch
 from .chunks import chunk_table
 from .kda import KdaTiles, kda_prefill
@@ -45,6 +46,7 @@ def delta(
             q, k, v, g, beta, state, out, *where, size, width, scale, *sides, *v.stride()[:2], *decays,
             *state.stride(), *out.stride()[:2], **shared, CHANNELS=channels, NORMALISE=l2norm,
             PACKED=batch.decode_only, BLOCK_K=power_of_two(size), BLOCK_V=step.rows, num_warps=step.warps,
+            **early_launch(v.device),
         )  # fmt: skip
     if batch.max_query_len <= 1:
         return out

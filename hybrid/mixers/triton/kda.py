@@ -67,13 +67,12 @@ def kda_prefill(
     length = tiles.chunk
     chunks, firsts = chunk_table(batch, length, tokens)
     count = chunks.shape[0]
-    like = {"dtype": v.dtype, "device": v.device}
-    sides = torch.empty(3, tokens, heads, size, **like)
+    sides = v.new_empty(3, tokens, heads, size)
     alikes = torch.empty(tokens, heads, length, dtype=torch.float32, device=v.device)
-    pairs = torch.empty(2, tokens, heads, length, **like)
+    pairs = v.new_empty(2, tokens, heads, length)
     ends = torch.empty(count, heads, size, dtype=torch.float32, device=v.device)
-    before = torch.empty(count, heads, size, width, **like)
-    written = torch.empty(tokens, heads, width, **like)
+    before = v.new_empty(count, heads, size, width)
+    written = v.new_empty(tokens, heads, width)
     blocks = {"BLOCK_K": power_of_two(size, 16), "BLOCK_L": length, **products(v.dtype)}
     kda_pairs[(length // 16, heads, count)](
         q, k, g, beta, *sides, ends, alikes, pairs[1], chunks, size, scale, _STRONGEST.get(v.dtype, _STRONGEST_WIDE),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 
+from ....early_launch import early_launch
 from ..batch import StateBatch
 from .kernels.mamba1 import mamba1_scan
 from .tiles import power_of_two
@@ -34,5 +35,6 @@ def mamba1(
             0 if z is None else z.stride(0), *state.stride(), out.stride(0),
             HAS_D=D is not None, HAS_BIAS=dt_bias is not None, HAS_Z=z is not None, SOFTPLUS=dt_softplus,
             PACKED=batch.decode_only, BLOCK_I=block, BLOCK_N=power_of_two(size), num_warps=2,
+            **early_launch(x.device),
         )  # fmt: skip
     return out

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 import torch
 
+from ....early_launch import early_launch
 from ..batch import StateBatch
 from .chunks import chunk_table
 from .kernels.mamba2 import mamba2_decays, mamba2_outputs, mamba2_pairs, mamba2_states, mamba2_step
@@ -85,6 +86,7 @@ def mamba2(
             *x.stride()[:2], dt.stride(0), *B.stride()[:2], *C.stride()[:2], *skips, *gates, *state.stride(),
             *out.stride()[:2], **shared, **extras, **times,
             PACKED=batch.decode_only, BLOCK_P=step.rows, BLOCK_N=power_of_two(size), num_warps=step.warps,
+            **early_launch(x.device),
         )  # fmt: skip
     if batch.max_query_len <= 1:
         return out

@@ -23,9 +23,12 @@ def conv_step(
     x, weight, bias, state, out, slots, fresh, query_start,
     channels, x_t, weight_c, weight_k, state_s, state_c, state_w, out_t,
     W: tl.constexpr, K: tl.constexpr, BIAS: tl.constexpr, SILU: tl.constexpr, PACKED: tl.constexpr,
-    BLOCK_C: tl.constexpr,
+    BLOCK_C: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
     """One token of one request and BLOCK_C channels. PACKED: token i belongs to request i."""
+    if EARLY:
+        tl.extra.cuda.gdc_launch_dependents()
+        tl.extra.cuda.gdc_wait()
     request = tl.program_id(1)
     c = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
     token = request

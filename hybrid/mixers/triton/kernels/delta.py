@@ -49,9 +49,12 @@ def delta_step(
     key_size, width, scale,
     q_t, q_h, k_t, k_h, v_t, v_h, g_t, g_h, beta_t, state_s, state_h, state_k, state_v, out_t, out_h,
     HEADS_PER_KEY: tl.constexpr, CHANNELS: tl.constexpr, NORMALISE: tl.constexpr, PACKED: tl.constexpr,
-    BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr,
+    BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
     """One token of one request, one value head, BLOCK_V columns of its state."""
+    if EARLY:
+        tl.extra.cuda.gdc_launch_dependents()
+        tl.extra.cuda.gdc_wait()
     j = tl.program_id(0) * BLOCK_V + tl.arange(0, BLOCK_V)
     head = tl.program_id(1)
     request = tl.program_id(2)

@@ -12,9 +12,12 @@ def mamba1_scan(
     width, size,
     x_t, dt_t, A_i, A_n, B_t, B_g, C_t, C_g, z_t, state_s, state_g, state_i, state_n, out_t,
     HAS_D: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_Z: tl.constexpr, SOFTPLUS: tl.constexpr,
-    PACKED: tl.constexpr, BLOCK_I: tl.constexpr, BLOCK_N: tl.constexpr,
+    PACKED: tl.constexpr, BLOCK_I: tl.constexpr, BLOCK_N: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
     """All tokens of one request, BLOCK_I channels of one group. PACKED: token i belongs to request i."""
+    if EARLY:
+        tl.extra.cuda.gdc_launch_dependents()
+        tl.extra.cuda.gdc_wait()
     j = tl.program_id(0) * BLOCK_I + tl.arange(0, BLOCK_I)
     group = tl.program_id(1)
     request = tl.program_id(2)

@@ -18,8 +18,12 @@ def mamba2_step(
     x_t, x_h, dt_t, B_t, B_g, C_t, C_g, D_h, D_p, z_t, z_h, state_s, state_h, state_p, state_n, out_t, out_h,
     HEADS_PER_GROUP: tl.constexpr, HAS_D: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_Z: tl.constexpr,
     SOFTPLUS: tl.constexpr, PACKED: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_N: tl.constexpr,
+    EARLY: tl.constexpr,
 ):  # fmt: skip
     """One token of one request, one head, BLOCK_P rows of its state."""
+    if EARLY:
+        tl.extra.cuda.gdc_launch_dependents()
+        tl.extra.cuda.gdc_wait()
     p = tl.program_id(0) * BLOCK_P + tl.arange(0, BLOCK_P)
     head = tl.program_id(1)
     request = tl.program_id(2)
