@@ -9,7 +9,7 @@ from ..batch import StateBatch
 from .chunks import chunk_table
 from .kda import KdaTiles, kda_prefill
 from .kernels.delta import delta_outputs, delta_prepare, delta_states, delta_step
-from .tiles import Tile, delta_tile, power_of_two, products, step_tile
+from .tiles import Tile, delta_tile, inversion, power_of_two, products, step_tile
 
 _PREPARE = Tile(rows=0, warps=4, registers=168)
 """How a chunk is prepared."""
@@ -63,7 +63,7 @@ def delta(
         q, k, g, beta, pairs[0], pairs[1], lines[0], lines[1:], chunks,
         size, tokens, scale, *sides, *decays, *pairs.stride()[1:3],
         **shared, **blocks, NORMALISE=l2norm,
-        EXACT="ieee" if v.dtype == torch.float32 else "tf32x3", **_PREPARE.options(v.device),
+        EXACT=inversion(v.dtype), **_PREPARE.options(v.device),
     )  # fmt: skip
     options = {"BLOCK_V": scan.rows, **scan.options(v.device)}
     walks = (-(-width // scan.rows), heads, batch.num_requests)

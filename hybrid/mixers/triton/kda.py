@@ -9,7 +9,7 @@ import torch
 from ..batch import StateBatch
 from .chunks import chunk_table
 from .kernels.kda import kda_inverses, kda_outputs, kda_pairs, kda_states
-from .tiles import Tile, power_of_two, products
+from .tiles import Tile, inversion, power_of_two, products
 
 _STRONGEST = {torch.float16: -8.0}
 """The sum of 16 log decays up to which tokens are compared by products, where exp of it has to fit float16."""
@@ -82,7 +82,7 @@ def kda_prefill(
     )  # fmt: skip
     kda_inverses[(count, heads)](
         alikes, pairs[0], chunks, *alikes.stride()[:2], *pairs.stride()[1:3], BLOCK_L=length,
-        EXACT="ieee" if v.dtype == torch.float32 else "tf32x3", **tiles.inverses.options(v.device),
+        EXACT=inversion(v.dtype), **tiles.inverses.options(v.device),
     )  # fmt: skip
     reached, left, asked = sides
     inverses, weights = pairs

@@ -48,6 +48,11 @@ def products(dtype: torch.dtype) -> dict[str, Any]:
     return {"OPERAND": _OPERANDS[dtype], "PRECISION": "tf32"}
 
 
+def inversion(dtype: torch.dtype) -> str:
+    """Precision of the float32 products that invert a chunk's matrix, for tokens of ``dtype``."""
+    return "ieee" if dtype == torch.float32 else "tf32x3"
+
+
 def step_tile(width: int, size: int, element_bytes: int) -> Tile:
     """A decode moves its state once: enough bytes a program to hide the latency, few enough registers for several."""
     rows = 16384 // (power_of_two(size) * element_bytes)
