@@ -263,7 +263,7 @@ class EngineConfig:
         share = cache.memory_fraction
         if isinstance(share, bool) or not isinstance(share, (int, float)) or not 0 < share <= 1:
             raise ConfigError(
-                f"memory_fraction {cache.memory_fraction} is not a share; give a number above 0 and up to 1",
+                f"memory_fraction {cache.memory_fraction!r} is not a share; give a number above 0 and up to 1",
                 option="memory_fraction",
                 value=cache.memory_fraction,
                 expected="0 < memory_fraction <= 1",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from dataclasses import dataclass
 
@@ -60,7 +61,7 @@ def parse_bytes(text: str | int, *, option: str = "memory") -> int:
         value = text
     else:
         match = re.fullmatch(r"\s*(\d+(?:\.\d+)?(?:[eE]\d+)?)\s*([A-Za-z]*)\s*", str(text))
-        if match is None or match.group(2).upper() not in _UNITS:
+        if match is None or match.group(2).upper() not in _UNITS or math.isinf(float(match.group(1))):
             raise ConfigError(
                 f"{option} {text!r} is not a size; write a number with a unit, such as 80GiB or 512MB",
                 option=option,

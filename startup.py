@@ -267,7 +267,7 @@ def _planned_surroundings(config: EngineConfig, plugins: Plugins, engine: str) -
         platform=replace(platform, backend_order=platform.planned_order),
         device=device,
         plugins=plugins,
-        backends=(*_configured(offers, config, device), *(vllm_backends() if engine == "vllm" else ())),
+        backends=(*_configured(offers, config, device, engine), *(vllm_backends() if engine == "vllm" else ())),
         mixers=mixers.backends,
         probes=None,
         reasons=(f"platform: {platform.name}, as asked; planned without its device.",),
@@ -290,7 +290,7 @@ def _surroundings_here(config: EngineConfig, plugins: Plugins) -> _Surroundings:
     offers = plugins.attention_backends(device)
     mixers = plugins.mixer_backends(device)
     _require_offered(config.attention.asked_backend, offers, auto_may_choose=False)
-    backends = _configured(offers, config, device)
+    backends = _configured(offers, config, device, "transformers")
     others = (candidate for candidate in chosen.candidates if not candidate.chosen)
     return _Surroundings(
         platform=chosen.provider.platform,
@@ -307,9 +307,11 @@ def _surroundings_here(config: EngineConfig, plugins: Plugins) -> _Surroundings:
     )
 
 
-def _configured(offers: BackendOffers, config: EngineConfig, device: DeviceFacts) -> tuple[AttentionBackend, ...]:
-    """The offered backends, as the user's settings make them."""
-    return tuple(offer.backend.configured(config.attention, device) for offer in offers.offered)
+def _configured(
+    offers: BackendOffers, config: EngineConfig, device: DeviceFacts, engine: str
+) -> tuple[AttentionBackend, ...]:
+    """The offered backends, as the user's settings and the engine make them."""
+    return tuple(offer.backend.configured(config.attention, device).for_engine(engine) for offer in offers.offered)
 
 
 def _require_offered(asked: str | None, offers: BackendOffers, *, auto_may_choose: bool) -> None:

@@ -129,6 +129,10 @@ class AttentionBackend(ABC):
         """
         return self
 
+    def for_engine(self, engine: str) -> AttentionBackend:
+        """This backend as ``engine`` calls it, where that makes a difference."""
+        return self
+
     def declared_refusals(self, request: LayerRequest, device: DeviceFacts) -> tuple[str, ...]:
         """What a layer asks that is never served on ``device`` and that :meth:`capabilities` has no word for.
 
@@ -233,6 +237,10 @@ class AttentionImpl(ABC):
     capturable: bool = False
     """True if a captured step's :meth:`prepare` and :meth:`forward` may run inside a device graph: they read the
     step's tensors, choose shapes from its host bounds alone, and never wait for the device."""
+    captures_ragged: bool = False
+    """The same for captured steps with ``num_ragged`` requests of any length."""
+    attends_latents: bool = False
+    """True if :meth:`forward_latent` is there."""
     reads_unwritten_slots: bool = False
     """True if the kernels touch the unwritten tail of a block they visit: blocks are cleared at hand-out."""
 
@@ -274,3 +282,29 @@ class AttentionImpl(ABC):
         :param values: per request (seq_len, Hk, Dv).
         :return: (T, Hq, Dv), contiguous.
         """
+
+    def forward_latent(
+        self,
+        query: torch.Tensor,
+        latent_cache: torch.Tensor,
+        rope_cache: torch.Tensor,
+        metadata: Any,
+        call: AttentionCall,
+    ) -> torch.Tensor:
+        """Causal attention over stored latents themselves (MLA), which all query heads share.
+
+        A key is a latent and its rotary part, a value the latent.
+
+        :param query: (T, Hq, R + P): what multiplies the latent, then what multiplies the rotary part.
+        :param latent_cache: strided view (num_blocks, block_size, 1, R).
+        :param rope_cache: strided view (num_blocks, block_size, 1, P).
+        :param metadata: what :meth:`prepare` returned for this step.
+        :return: (T, Hq, R), contiguous.
+        :raises BackendError: unless ``attends_latents``.
+        """
+        raise BackendError(
+            f"{self.name} attends over what a model expands latents to, not over the latents",
+            option="backend",
+            value=self.name,
+            expected="a backend with attends_latents",
+        )

@@ -29,11 +29,16 @@ class StepMetadata:
     block_size: int
     """Tokens of a block."""
     captured: bool = False
-    """True while a graph of the step is captured: one query token a request, and tensors that stay where they are.
+    """True while a graph of the step is captured: tensors stay where they are, and T and B as they are.
 
-    Later values come in by the tensors alone. A request that only fills the batch up to its bucket has a
-    ``seq_lens`` of 0 and a slot of -1: its output rows are finite, and nothing is written for it.
+    Later values come in by the tensors alone. A request that only fills the step up to its bucket has a
+    ``seq_lens`` of 0 and slots of -1: its output rows are finite, and nothing is written for it. Unless
+    ``num_ragged`` says otherwise, every request has one query token.
     """
+    num_ragged: int = 0
+    """Of a captured step: so many requests, the last ones, may have any number of query tokens in a replay, and those
+    before them one or none. ``query_lens_host`` counts the tokens as they lie while the graph is captured: all T are
+    the last request's, which only fills the step up."""
 
     @property
     def num_requests(self) -> int:

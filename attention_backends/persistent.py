@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import accumulate
 
 import torch
 
@@ -57,7 +58,7 @@ class StepBuffers:
         self._seq_lens = torch.zeros(max_num_seqs, dtype=torch.int32, device=device)
         self._block_table = torch.zeros(max_num_seqs, max_blocks, dtype=torch.int32, device=device)
         self._slots = torch.full((max_num_batched_tokens,), PADDING_SLOT, dtype=torch.int64, device=device)
-        self._written: list[tuple[BlockTable, int]] = []
+        self._written: dict[int, tuple[BlockTable, int]] = {}
 
     @property
     def nbytes(self) -> int:
@@ -76,18 +77,39 @@ class StepBuffers:
         :raises IntegrityError: for a step that is larger than the buffers, or a token without a block.
         """
         padding = (rows or len(tables)) - len(tables)
-        query_lens = (*lens, *[1] * padding)
-        seq_lens = (*(start + count for start, count in zip(starts, lens, strict=True)), *[0] * padding)
-        slots = [s for t, start, n in zip(tables, starts, lens, strict=True) for s in t.slots(start, start + n)]
-        self._check_room(tables, len(query_lens), sum(query_lens), padding)
-        ends = [0]
-        for count in query_lens:
-            ends.append(ends[-1] + count)
-        self._copy(self._query_start, ends)
-        self._copy(self._seq_lens, seq_lens)
-        self._copy(self._slots, [*slots, *[PADDING_SLOT] * padding])
-        self._copy_new_blocks(tables)
-        return self._step(query_lens, seq_lens, captured=False)
+        if padding < 0:
+            raise _too_small(rows, len(tables))
+        return self._fill(tables, starts, lens, range(len(tables)), (*lens, *[1] * padding))
+
+    def fill_ragged(
+        self, tables: Sequence[BlockTable], starts: Sequence[int], lens: Sequence[int], *, places: Sequence[int],
+        rows: int, tokens: int,
+    ) -> StepMetadata:  # fmt: skip
+        """The same for a captured step of ``tokens`` tokens: the last of ``rows`` rows takes those that are missing.
+
+        :param places: the row of each request, ascending; rows without a request are empty.
+        :raises IntegrityError: as :meth:`fill`.
+        :raises ConfigError: if the requests or their tokens do not fit, or the last row is not free.
+        """
+        missing = tokens - sum(lens)
+        if missing < 0 or (places and places[-1] >= rows - 1):
+            raise _too_small(rows, len(tables))
+        query_lens = [0] * rows
+        query_lens[-1] = missing
+        for place, count in zip(places, lens, strict=True):
+            query_lens[place] = count
+        return self._fill(tables, starts, lens, places, tuple(query_lens))
+
+    def dummy(self, lens: Sequence[int], seq_lens: Sequence[int]) -> StepMetadata:
+        """A step of nobody's requests, which writes nothing and reads the null block, where others have theirs."""
+        self._check_room((), len(lens), sum(lens))
+        step = self._step(tuple(lens), tuple(seq_lens), captured=False)
+        step.query_start.copy_(torch.tensor([0, *accumulate(lens)], dtype=torch.int32))
+        step.seq_lens.copy_(torch.tensor(seq_lens, dtype=torch.int32))
+        step.slot_mapping.fill_(PADDING_SLOT)
+        self._block_table.zero_()
+        self._written.clear()
+        return step
 
     def captured(self, rows: int, max_seq_len: int) -> StepMetadata:
         """The step to capture a graph with, for ``rows`` decodes of up to ``max_seq_len`` tokens each.
@@ -97,7 +119,34 @@ class StepBuffers:
         self.fill((), (), (), rows=rows)
         return self._step((1,) * rows, (max_seq_len,) * rows, captured=True)
 
-    def _step(self, query_lens: tuple[int, ...], seq_lens: tuple[int, ...], *, captured: bool) -> StepMetadata:
+    def captured_ragged(self, rows: int, tokens: int, num_ragged: int, max_seq_len: int) -> StepMetadata:
+        """The same for steps of ``tokens`` tokens, the last ``num_ragged`` of ``rows`` rows of any length."""
+        step = self.fill_ragged((), (), (), places=(), rows=rows, tokens=tokens)
+        return self._step(step.query_lens_host, (max_seq_len,) * rows, captured=True, num_ragged=num_ragged)
+
+    def _fill(
+        self, tables: Sequence[BlockTable], starts: Sequence[int], lens: Sequence[int], places: Sequence[int],
+        query_lens: tuple[int, ...],
+    ) -> StepMetadata:  # fmt: skip
+        """Rows ``places`` are the requests', all others padding, whose tokens come last."""
+        seq_lens = [0] * len(query_lens)
+        for place, start, count in zip(places, starts, lens, strict=True):
+            seq_lens[place] = start + count
+        slots = [s for t, start, n in zip(tables, starts, lens, strict=True) for s in t.slots(start, start + n)]
+        tokens = sum(query_lens)
+        self._check_room(tables, len(query_lens), tokens)
+        ends = [0]
+        for count in query_lens:
+            ends.append(ends[-1] + count)
+        self._copy(self._query_start, ends)
+        self._copy(self._seq_lens, seq_lens)
+        self._copy(self._slots, [*slots, *[PADDING_SLOT] * (tokens - len(slots))])
+        self._copy_new_blocks(tables, places)
+        return self._step(query_lens, tuple(seq_lens), captured=False)
+
+    def _step(
+        self, query_lens: tuple[int, ...], seq_lens: tuple[int, ...], *, captured: bool, num_ragged: int = 0
+    ) -> StepMetadata:
         count = len(query_lens)
         return StepMetadata(
             query_start=self._query_start[: count + 1],
@@ -108,34 +157,33 @@ class StepBuffers:
             seq_lens_host=seq_lens,
             block_size=self._block_size,
             captured=captured,
+            num_ragged=num_ragged,
         )
 
     def _copy(self, persistent: torch.Tensor, values: Sequence[int]) -> None:
         if values:
             copy_to_persistent(persistent, on_host(values, persistent.dtype, self._device))
 
-    def _copy_new_blocks(self, tables: Sequence[BlockTable]) -> None:
+    def _copy_new_blocks(self, tables: Sequence[BlockTable], rows: Sequence[int]) -> None:
         """Scatter the ids that the rows lack: a table only grows, and a request that starts over has a new one."""
         width = self._block_table.shape[1]
         places: list[int] = []
         ids: list[int] = []
-        for row, table in enumerate(tables):
+        for row, table in zip(rows, tables, strict=True):
             known = self._known(row, table)
             places.extend(range(row * width + known, row * width + len(table.blocks)))
             ids.extend(table.blocks[known:])
-        self._written[: len(tables)] = [(table, len(table.blocks)) for table in tables]
+            self._written[row] = (table, len(table.blocks))
         if ids:
             both = stage([*places, *ids], torch.int32, self._device).view(2, -1)
             self._block_table.view(-1).index_put_((both[0].long(),), both[1])
 
     def _known(self, row: int, table: BlockTable) -> int:
         """Blocks of ``table`` that its row has already."""
-        if row >= len(self._written):
-            return 0
-        before, count = self._written[row]
+        before, count = self._written.get(row, (None, 0))
         return count if before is table else 0
 
-    def _check_room(self, tables: Sequence[BlockTable], rows: int, tokens: int, padding: int) -> None:
+    def _check_room(self, tables: Sequence[BlockTable], rows: int, tokens: int) -> None:
         longest = max((len(table.blocks) for table in tables), default=0)
         for what, size, room in (
             ("requests", rows, self._seq_lens.shape[0]),
@@ -144,10 +192,12 @@ class StepBuffers:
         ):
             if size > room:
                 raise IntegrityError(f"a step of {size} {what} exceeds its buffers' {room}", value=size, expected=room)
-        if padding < 0:
-            raise ConfigError(
-                f"a bucket of {len(tables) + padding} rows cannot hold {len(tables)} requests",
-                option="rows",
-                value=rows,
-                expected=f">= {len(tables)}",
-            )
+
+
+def _too_small(rows: int | None, requests: int) -> ConfigError:
+    return ConfigError(
+        f"a bucket of {rows} rows cannot hold {requests} requests",
+        option="rows",
+        value=rows,
+        expected=f">= {requests}",
+    )

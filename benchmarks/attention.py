@@ -60,6 +60,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run the benchmark; 1 if any case failed or was wrong."""
     asked = _options().parse_args(arguments)
     device = asked.device or default_device()
+    _require_time(asked, device)
     facts = _facts(device)
     peers = parse_peers(asked.peer)
     _check_names(peers)
@@ -68,6 +69,21 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for case in _chosen(asked):
         _run_case(case, asked, facts, peers, report)
     return report.finish()
+
+
+def _require_time(asked: argparse.Namespace, device: str) -> None:
+    """The cases are made for a GPU: on a CPU they run when they, or it, are asked for by name.
+
+    :raises ConfigError: with what ends within seconds.
+    """
+    if device == "cpu" and not (asked.small or asked.case or asked.device):
+        raise ConfigError(
+            "the cases are made for a GPU and take minutes each on a cpu, and torch finds no other device here; try "
+            "--small --backend reference, or --device cpu to run them all the same",
+            option="--device",
+            value=device,
+            expected=["--small", "--case TEXT", "--device cpu"],
+        )
 
 
 def _options() -> argparse.ArgumentParser:
@@ -89,9 +105,7 @@ def _options() -> argparse.ArgumentParser:
     return options
 
 
-def _run_case(
-    case: Case, asked: argparse.Namespace, facts: DeviceFacts, peers: dict[str, str], report: Report
-) -> None:
+def _run_case(case: Case, asked: argparse.Namespace, facts: DeviceFacts, peers: dict[str, str], report: Report) -> None:
     device, dtype = torch.device(facts.device_type), DTYPES[asked.dtype]
     captured = case.kind == "decode" and device.type == "cuda"
     tensors = build(case, device, dtype, captured=captured)

@@ -18,7 +18,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import makeready
-from makeready.benchmarks.harness import run_main
+from makeready.benchmarks.harness import out_file, positive, run_main
 from makeready.hybrid.presets import preset_names
 from makeready.plugins.manager import load_plugins
 
@@ -59,8 +59,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="makeready bench cold-start", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--runs", type=int, default=15, help="processes per command")
+    parser.add_argument("--runs", type=positive, default=15, help="processes per command")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
+    parser.add_argument("--out", type=out_file, metavar="FILE", help="also write the JSON here")
     options = parser.parse_args(arguments)
     times = {name: timed(arguments, options.runs) for name, arguments in COMMANDS.items()}
     decisions = decision_ms()
@@ -73,6 +74,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         },
         "plan_call_ms": {"presets": len(decisions), "median": statistics.median(decisions), "max": max(decisions)},
     }
+    if options.out is not None:
+        options.out.write_text(json.dumps(result, indent=2) + "\n")
     if options.json:
         print(json.dumps(result, indent=2))
         return 0

@@ -67,9 +67,27 @@ def parser(name: str, description: str | None) -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     made.add_argument("--json", action="store_true", help="print one JSON object instead of lines and a table")
-    made.add_argument("--out", type=Path, metavar="FILE", help="also write the JSON here, after every row")
-    made.add_argument("--repeats", type=int, default=50, help="measurements per figure (default 50; the median counts)")
+    made.add_argument("--out", type=out_file, metavar="FILE", help="also write the JSON here, after every row")
+    made.add_argument(
+        "--repeats", type=positive, default=50, help="measurements per figure (default 50; the median counts)"
+    )
     return made
+
+
+def positive(text: str) -> int:
+    """A whole number above zero, for argparse."""
+    if not text.isdecimal() or int(text) == 0:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number above zero")
+    return int(text)
+
+
+def out_file(text: str) -> Path:
+    """A file in a folder that is there, for argparse: a benchmark must not fail when its first row is written."""
+    path = Path(text)
+    if path.is_dir() or not path.absolute().parent.is_dir():
+        what = "is a folder" if path.is_dir() else f"cannot be written: the folder {path.parent} does not exist"
+        raise argparse.ArgumentTypeError(f"{text!r} {what}")
+    return path
 
 
 def parse_peers(given: Sequence[str]) -> dict[str, str]:

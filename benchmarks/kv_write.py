@@ -15,7 +15,7 @@ from collections.abc import Callable, Sequence
 
 import torch
 
-from makeready.benchmarks.harness import Report, difference, parser, require_device, run_main, time_device
+from makeready.benchmarks.harness import Report, difference, parser, positive, require_device, run_main, time_device
 from makeready.cache.write import rotate, write_kv
 
 SHAPES = ((8, 128), (2, 128), (2, 256), (8, 64))
@@ -45,7 +45,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _options() -> argparse.ArgumentParser:
     options = parser("kv-write", __doc__)
-    options.add_argument("--tokens", type=int, action="append", help="tokens of a step; may be repeated")
+    options.add_argument("--tokens", type=positive, action="append", help="tokens of a step; may be repeated")
     options.add_argument("--kv-dtype", choices=sorted(KV_DTYPES), default="bfloat16", help="dtype of the cache")
     options.add_argument("--rotary", action="store_true", help="turn K on its way")
     return options

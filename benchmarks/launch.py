@@ -24,13 +24,14 @@ import torch
 from rich.console import Console
 from rich.progress import Progress
 
-from makeready.benchmarks.harness import Report, default_device, parser, run_main
+from makeready.benchmarks.harness import Report, default_device, parser, positive, run_main
 from makeready.benchmarks.launch_profile import PROFILED_TOKENS, profile_decodes
 from makeready.benchmarks.launch_shapes import SHAPES
 from makeready.engines.transformers.engine import SamplingParams, TransformersEngine
 from makeready.errors import ConfigError
 from makeready.startup import prepare
 
+DEFAULT_SHAPE = "falcon-h1-7b"
 CASES = (
     "1,512,128", "8,128,64", "64,512,128", "256,512,128",
     "1,128,128", "1,4096,128", "8,4096,64", "64,128,64", "64,4096,64", "256,128,64",
@@ -45,6 +46,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     asked = _options().parse_args(arguments)
     cases = [_case(text) for text in asked.case or CASES]
     device = default_device()
+    asked.shape = asked.shape or _default_shape(device)
     report = Report("launch", asked, device=device)
     model = random_model(asked.shape, device)
     built = _since_start()
@@ -162,12 +164,30 @@ def _prompts(batch: int, length: int) -> list[list[int]]:
 def _case(text: str) -> tuple[int, int, int]:
     try:
         batch, prompt, new = (int(part) for part in text.split(","))
+        if min(batch, prompt, new) < 1:
+            raise ValueError
     except ValueError:
         raise ConfigError(
-            f"--case {text!r} must be three numbers: requests, prompt tokens, new tokens, such as 8,128,64",
+            f"--case {text!r} must be three numbers above zero: requests, prompt tokens, new tokens, such as 8,128,64",
             option="--case", value=text, expected="BATCH,PROMPT,NEW",
         ) from None  # fmt: skip
     return batch, prompt, new
+
+
+def _default_shape(device: str) -> str:
+    """The default, where it ends within minutes.
+
+    :raises ConfigError: on a CPU, which is asked for billions of weights by name only.
+    """
+    if device == "cpu":
+        raise ConfigError(
+            f"the default shape {DEFAULT_SHAPE} would run for hours on a cpu, and torch finds no other device here; "
+            "try --shape falcon-h1-tiny --case 2,8,4, or name a shape to run it all the same",
+            option="--shape",
+            value=None,
+            expected=list(SHAPES),
+        )
+    return DEFAULT_SHAPE
 
 
 def _named(case: tuple[int, int, int]) -> str:
@@ -196,14 +216,12 @@ def _since_start() -> float:
 
 def _options() -> argparse.ArgumentParser:
     options = parser("launch", __doc__)
-    options.add_argument("--shape", choices=SHAPES, default="falcon-h1-7b", help="whose shape (default falcon-h1-7b)")
+    options.add_argument("--shape", choices=SHAPES, help=f"whose shape (default {DEFAULT_SHAPE})")
     options.add_argument("--case", action="append", metavar="BATCH,PROMPT,NEW", help="repeatable; default: all")
-    options.add_argument(
-        "--stock", type=int, default=256, metavar="BATCH", help="largest for generate (default 256)"
-    )
-    options.add_argument("--tokens", type=int, default=8192, help="max_num_batched_tokens (default 8192)")
+    options.add_argument("--stock", type=int, default=256, metavar="BATCH", help="largest for generate (default 256)")
+    options.add_argument("--tokens", type=positive, default=8192, help="max_num_batched_tokens (default 8192)")
     options.add_argument("--memory-fraction", type=float, default=0.8)
-    options.add_argument("--memory-bytes", type=int)
+    options.add_argument("--memory-bytes", type=positive)
     options.add_argument("--platform")
     options.add_argument("--backend")
     options.add_argument("--mixer-backend")

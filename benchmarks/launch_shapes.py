@@ -28,6 +28,16 @@ QWEN3_NEXT: dict[str, Any] = {
     "shared_expert_intermediate_size": 512, "vocab_size": 151936, "max_position_embeddings": 262144,
 }  # fmt: skip
 QWEN3_NEXT_THIRD: dict[str, Any] = {**QWEN3_NEXT, "num_hidden_layers": 16}
+KIMI_LINEAR_12: dict[str, Any] = {
+    "model_type": "kimi_linear", "hidden_size": 2304, "num_hidden_layers": 12, "num_attention_heads": 32,
+    "num_key_value_heads": 32, "kv_lora_rank": 512, "q_lora_rank": None, "qk_rope_head_dim": 64,
+    "qk_nope_head_dim": 128, "v_head_dim": 128, "intermediate_size": 9216, "moe_intermediate_size": 1024,
+    "num_local_experts": 256, "num_experts_per_tok": 8, "vocab_size": 163840, "max_position_embeddings": 1048576,
+    "linear_attn_config": {
+        "full_attn_layers": [4, 8, 12], "kda_layers": [1, 2, 3, 5, 6, 7, 9, 10, 11], "head_dim": 128, "num_heads": 32,
+        "short_conv_kernel_size": 4,
+    },
+}  # fmt: skip
 FALCON_H1_TINY: dict[str, Any] = {
     **FALCON_H1_7B, "hidden_size": 64, "num_hidden_layers": 3, "num_attention_heads": 4, "head_dim": 16,
     "intermediate_size": 128, "vocab_size": 256, "mamba_d_ssm": 128, "mamba_n_heads": 8, "mamba_d_head": 16,
@@ -38,6 +48,7 @@ SHAPES: Mapping[str, dict[str, Any]] = {
     "falcon-h1-7b": FALCON_H1_7B,
     "nemotron-3-nano": NEMOTRON_3_NANO,
     "qwen3-next-16-layers": QWEN3_NEXT_THIRD,
+    "kimi-linear-12-layers": KIMI_LINEAR_12,
     "falcon-h1-tiny": FALCON_H1_TINY,
 }
 """By name; the last is for machines without an accelerator."""

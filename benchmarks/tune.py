@@ -51,6 +51,7 @@ from makeready.benchmarks.harness import (
     Report,
     difference,
     parser,
+    positive,
     print_table,
     require_device,
     run_main,
@@ -184,8 +185,8 @@ def _options() -> argparse.ArgumentParser:
     )
     options.add_argument("--write", action="store_true", help="write the table when the sweep is done")
     options.add_argument("--budget", type=float, default=3600.0, metavar="S", help="stop sweeping after S seconds")
-    options.add_argument("--jobs", type=int, default=4, help="processes that compile (default 4)")
-    options.add_argument("--sample", type=int, metavar="N", help="only every N-th candidate, for a first look")
+    options.add_argument("--jobs", type=positive, default=4, help="processes that compile (default 4)")
+    options.add_argument("--sample", type=positive, metavar="N", help="only every N-th candidate, for a first look")
     return options
 
 

@@ -18,7 +18,7 @@ from dataclasses import dataclass, replace
 from statistics import median
 
 from makeready.attention_backends.interface import Capabilities
-from makeready.benchmarks.harness import run_main
+from makeready.benchmarks.harness import out_file, run_main
 from makeready.cache.capacity import Holding, PoolShape
 from makeready.cache.group_pool import GroupPool, make_pool
 from makeready.cache.specs import AttentionSpec, LayerGroup, MambaSpec
@@ -236,8 +236,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     form = parser.add_mutually_exclusive_group()
     form.add_argument("--json", action="store_true", help="print every number")
     form.add_argument("--markdown", action="store_true", help="print the page docs/waste.md")
+    parser.add_argument("--out", type=out_file, metavar="FILE", help="also write the JSON here")
     asked = parser.parse_args(arguments)
     results = {model.name: count_model(model) for model in hybrid_presets()}
+    if asked.out is not None:
+        asked.out.write_text(to_json(results) + "\n")
     if asked.json:
         print(to_json(results))
     elif asked.markdown:

@@ -138,8 +138,9 @@ def load_config(model: str | Path | Mapping[str, Any], *, name: str | None = Non
     try:
         values = json.loads(file.read_text(encoding="utf-8"))
     except FileNotFoundError:
+        said = f"the folder {path.absolute()} has no config.json" if path.is_dir() else f"{file} does not exist"
         raise ModelConfigError(
-            f"{file} does not exist; give a preset name, a checkpoint directory, a config.json or a dict",
+            f"{said}; give a preset name, a checkpoint directory, a config.json or a dict",
             option="model",
             value=str(model),
             expected="a preset name, a directory with config.json, or a config.json",

@@ -183,8 +183,10 @@ def _family(fields: ConfigFields) -> tuple[str, Family]:
     :raises UnsupportedModelError: for one that is unknown or refused, naming the known ones.
     """
     model_type = fields.first("model_type")
-    if not isinstance(model_type, str):
+    if model_type is None:
         raise fields.missing(("model_type",))
+    if not isinstance(model_type, str):
+        raise fields.broken("model_type", model_type, "a family's name, such as llama")
     if model_type in FAMILIES:
         return model_type, FAMILIES[model_type]
     if model_type in REFUSED:

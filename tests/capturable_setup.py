@@ -5,8 +5,11 @@ from __future__ import annotations
 import torch
 
 from makeready.attention_backends.reference.impl import ReferenceAttention
+from makeready.engines.transformers.packed.buckets import RaggedBucket, ragged_buckets
 from makeready.engines.transformers.packed.decode_inputs import DecodeInputs
 from makeready.engines.transformers.packed.graphs import DecodeGraphs
+from makeready.engines.transformers.packed.ragged_graphs import RaggedGraphs
+from makeready.engines.transformers.packed.ragged_inputs import RaggedInputs
 from makeready.hybrid.mixers.reference.kernels import ReferenceMixers
 
 
@@ -14,8 +17,11 @@ class DenseAttention(ReferenceAttention):
     """Reads every slot that a block table reaches and masks what lies past each request's end."""
 
     capturable = True
+    captures_ragged = True
 
     def forward(self, query, key_cache, value_cache, metadata, call):
+        if metadata.num_ragged:
+            return _attend_ragged(query, key_cache, value_cache, metadata, call)
         if not metadata.captured:
             return super().forward(query, key_cache, value_cache, metadata, call)
         table = metadata.block_table.long()
@@ -31,6 +37,10 @@ class DenseAttention(ReferenceAttention):
             seen = seen & (distance < call.sliding_window)
         weights = torch.softmax(scores.masked_fill(~seen[:, None], -1e30), dim=-1)
         return torch.einsum("bhk,bkhd->bhd", weights, values).to(query.dtype)
+
+    def forward_latent(self, query, latent_cache, rope_cache, metadata, call):
+        keys = torch.cat([latent_cache, rope_cache], dim=-1)
+        return self.forward(query, keys, latent_cache, metadata, call)
 
 
 class DenseMixers(ReferenceMixers):
@@ -80,6 +90,27 @@ class DenseMixers(ReferenceMixers):
         return _padded(out, batch).to(v.dtype)
 
 
+def _attend_ragged(query, key_cache, value_cache, step, call):
+    """Every token over every slot that its request's block table reaches; rows without keys get zeros."""
+    token = torch.arange(query.shape[0], dtype=torch.int32, device=query.device)
+    request = torch.searchsorted(step.query_start[1:].contiguous(), token, right=True)
+    lens, seq_lens = step.query_start.diff()[request], step.seq_lens[request]
+    position = seq_lens - lens + token - step.query_start[request]
+    table = step.block_table[request].long()
+    keys, values = (c[table].flatten(1, 2).float().nan_to_num() for c in (key_cache, value_cache))
+    repeat = query.shape[1] // keys.shape[2]
+    keys, values = (side.repeat_interleave(repeat, dim=2) for side in (keys, values))
+    scores = torch.einsum("thd,tkhd->thk", query.float(), keys) * call.scale
+    if call.soft_cap is not None:
+        scores = call.soft_cap * torch.tanh(scores / call.soft_cap)
+    distance = position[:, None] - torch.arange(keys.shape[1], device=query.device)
+    seen = (distance >= 0) & (seq_lens > 0)[:, None]
+    if call.sliding_window is not None:
+        seen = seen & (distance < call.sliding_window)
+    weights = torch.softmax(scores.masked_fill(~seen[:, None], -1e30), dim=-1) * seen[:, None]
+    return torch.einsum("thk,tkhd->thd", weights, values).to(query.dtype)
+
+
 def _read(state, batch):
     return state[batch.slots.clamp(min=0).long()].float()
 
@@ -115,6 +146,39 @@ class UncapturedSteps(DecodeGraphs):
         logits, tokens = self._run(size, self._builder.captured(size, metadata, self._inputs.states(size)))
         self.replayed.append((len(rows), size))
         return logits[: len(rows)], tokens[: len(rows)]
+
+
+class UncapturedRagged(RaggedGraphs):
+    """The same for steps with prefill."""
+
+    def __init__(self, builder, inputs, forward, buckets):
+        super().__init__(builder, inputs, forward, buckets)
+        self.replayed: list[tuple[tuple[int, ...], RaggedBucket]] = []
+
+    def dummy(self, bucket):
+        """What a capture runs: tokens that are nobody's."""
+        metadata = self._builder.captured_ragged_metadata(bucket)
+        self._inputs.fill((), (), bucket)
+        return self._run(bucket, self._builder.captured_ragged(bucket, metadata, self._inputs.states(bucket)))
+
+    def replay(self, bucket, rows, seats):
+        metadata = self._builder.captured_ragged_metadata(bucket)
+        self._builder.fill_ragged(rows, bucket)
+        self._inputs.fill(rows, seats, bucket)
+        logits, tokens = self._run(bucket, self._builder.captured_ragged(bucket, metadata, self._inputs.states(bucket)))
+        self.replayed.append((tuple(row.length for row in rows), bucket))
+        sampled = sum(row.samples for row in rows)
+        return logits[:sampled], tokens[:sampled]
+
+
+def use_uncaptured_ragged(engine) -> UncapturedRagged:
+    """Let the engine run its steps with prefill as captured ones are run, on any device."""
+    runner = engine._driver._runner
+    scheduler = engine._driver._scheduler._config
+    buckets = ragged_buckets(scheduler.max_num_seqs, scheduler.max_num_batched_tokens)
+    inputs = RaggedInputs(runner._seats, runner._builder.state_groups, buckets, runner._device)
+    runner._ragged = UncapturedRagged(runner._builder, inputs, runner._prefill, buckets)
+    return runner._ragged
 
 
 def use_uncaptured_steps(engine, buckets) -> UncapturedSteps:

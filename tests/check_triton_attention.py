@@ -180,16 +180,20 @@ def test_a_longest_request_is_shared_by_every_program():
     close(case, run_decode(case, call_of(case), programs=5), call_of(case))
 
 
-def build(heads=(4, 2), head_size=32, block_size=16, *, invariant=False, dtype="float32", max_model_len=4096):
+def build(
+    heads=(4, 2), head_size=32, block_size=16, *, invariant=False, dtype="float32", max_model_len=4096, mla=False,
+    units=UNITS,
+):  # fmt: skip
     spec = AttentionSpec(
-        num_query_heads=heads[0], num_kv_heads=heads[1], head_size=head_size, head_size_v=head_size, dtype=dtype
-    )
+        num_query_heads=heads[0], num_kv_heads=heads[1], head_size=head_size, head_size_v=head_size, dtype=dtype,
+        mla=mla,
+    )  # fmt: skip
     request = BuildRequest(
         device=CUDA, spec=spec, dtype=dtype, block_size=block_size, kernel_block_size=block_size, num_blocks=64,
         max_num_seqs=8, max_num_batched_tokens=512, max_model_len=max_model_len,
         config=AttentionConfig(batch_invariant=invariant),
     )  # fmt: skip
-    return TritonImpl(request, UNITS)
+    return TritonImpl(request, units)
 
 
 @pytest.mark.parametrize("invariant", [False, True])
@@ -212,6 +216,74 @@ def test_padding_of_a_bucket_gives_zeros():
             output = attention.forward(case.query, case.key_cache, case.value_cache, attention.prepare(step), call)
             assert (output[[1, 3]] == 0).all()
             close(case, output, call, rows=[0, 2])
+
+
+@pytest.mark.parametrize("lens", [(1, 1, 100, 5), (1, 1, 1, 23), (1, 1, 60, 61)])
+@pytest.mark.parametrize("invariant", [False, True])
+def test_a_captured_step_with_prefill_reads_from_the_device_who_has_how_many_tokens(lens, invariant):
+    tokens, keys = 128, (70, 5, 131, 90)
+    padding = tokens - sum(lens)
+    case = make_case([*keys, padding], [*lens, padding], heads=(4, 2), head_size=32, clear=False)
+    step = ragged_step(case, lens, keys, tokens)
+    attention, real = build(invariant=invariant), slice(0, sum(lens))
+    for call in (call_of(case), call_of(case, sliding_window=20), call_of(case, sinks=torch.randn(4))):
+        output = attention.forward(case.query, case.key_cache, case.value_cache, attention.prepare(step), call)
+        close(case, output, call, rows=real)
+        assert (output[sum(lens) :] == 0).all()
+
+
+def ragged_step(case, lens, keys, tokens):
+    """Rows: two decodes and two empty ones, then two chunks, an empty row, and one that fills the step up."""
+    places = [0, 2, 4, 5, 7]
+    starts, seq_lens, table = [0] * 9, torch.zeros(8, dtype=torch.int32), torch.zeros(8, case.step.block_table.shape[1])
+    for row, place in enumerate(places):
+        starts[place + 1 :] = [int(case.step.query_start[row + 1])] * (8 - place)
+        seq_lens[place] = (*keys, 0)[row]
+        table[place] = case.step.block_table[row]
+    return replace(
+        case.step, captured=True, num_ragged=4, query_start=torch.tensor(starts, dtype=torch.int32), seq_lens=seq_lens,
+        block_table=table.int(), query_lens_host=(*[0] * 7, tokens), seq_lens_host=(200,) * 8,
+    )  # fmt: skip
+
+
+def latent_case(keys, lens, heads, sizes):
+    """Latents in K's pages, rotary parts in V's, and queries over both."""
+    case = make_case(keys, lens, heads=(heads, 1), head_size=sizes[0], head_size_v=sizes[1], clear=False)
+    call = AttentionCall(scale=0.3)
+    return case, torch.randn(sum(lens), heads, sum(sizes)), call
+
+
+@pytest.mark.parametrize("heads", [4, 40])
+@pytest.mark.parametrize("lens", [(1, 1, 1, 1), (1, 3, 70, 1)])
+def test_latents_are_attended_to_as_they_are(lens, heads):
+    case, query, call = latent_case((130, 40, 70, 1), lens, heads, (24, 8))
+    expected = ReferenceAttention().forward_latent(query, case.key_cache, case.value_cache, case.step, call)
+    for invariant in (False, True):
+        attention = build((heads, 1), 24, invariant=invariant, mla=True)
+        prepared = attention.prepare(case.step)
+        output = attention.forward_latent(query, case.key_cache, case.value_cache, prepared, call)
+        assert (output - expected).norm() <= 2e-6 * expected.norm()
+
+
+def test_keys_of_a_decode_over_latents_are_shared_out():
+    case, query, call = latent_case((1000, 3), (1, 1), 4, (32, 16))
+    attention = build((4, 1), mla=True, units=12)
+    prepared = attention.prepare(case.step)
+    assert prepared.latent.splits == 6
+    output = attention.forward_latent(query, case.key_cache, case.value_cache, prepared, call)
+    expected = ReferenceAttention().forward_latent(query, case.key_cache, case.value_cache, case.step, call)
+    assert (output - expected).norm() <= 2e-6 * expected.norm()
+
+
+def test_latents_in_a_captured_step_with_prefill():
+    keys, lens = (70, 5, 131, 90), (1, 1, 60, 61)
+    case, query, call = latent_case((*keys, 5), (*lens, 5), 4, (24, 8))
+    step = ragged_step(case, lens, keys, 128)
+    attention = build((4, 1), mla=True, units=12)
+    output = attention.forward_latent(query, case.key_cache, case.value_cache, attention.prepare(step), call)
+    expected = ReferenceAttention().forward_latent(query, case.key_cache, case.value_cache, case.step, call)
+    assert (output - expected)[:123].norm() <= 2e-6 * expected[:123].norm()
+    assert (output[123:] == 0).all()
 
 
 def test_gathered_keys_and_values_of_two_widths():

@@ -9,7 +9,7 @@ from makeready.hybrid.mixers.interface import MixerKernels
 from makeready.hybrid.mixers.reference.kernels import ReferenceMixers
 
 
-def make_batch(lens, *, fresh=None, slots=None, pages=None, seed=0, device="cpu", host=True) -> StateBatch:
+def make_batch(lens, *, fresh=None, slots=None, pages=None, seed=0, device="cpu", host=True, ragged=None) -> StateBatch:
     """B requests on random distinct pages; ``fresh`` lists the requests without a state (default: none)."""
     pages = pages or len(lens) + 3
     rng = torch.Generator().manual_seed(seed)
@@ -25,6 +25,7 @@ def make_batch(lens, *, fresh=None, slots=None, pages=None, seed=0, device="cpu"
         max_query_len=max(lens),
         query_lens_host=tuple(lens) if host else None,
         decode_only=all(length == 1 for length in lens),
+        num_ragged=ragged,
     )
 
 

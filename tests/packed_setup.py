@@ -16,7 +16,7 @@ __all__ = ["LENGTHS", "NEW", "PACKED", "PARAMS", "PackedRun", "prompts", "stock"
 
 NEW = 16
 PARAMS = SamplingParams(max_new_tokens=NEW, ignore_eos=True)
-PACKED = tuple(family for family in FAMILIES if family != "zaya")
+PACKED = FAMILIES
 """Families whose requests can be packed."""
 
 

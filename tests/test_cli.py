@@ -135,6 +135,8 @@ BAD = [
     (("plan", NANO, "--platform", "cuda", "--blok-size", "16"), ("--blok-size", "--block-size")),
     (("plan", NANO, "--compare", "plattform=cuda,xpu"), ("plattform", "did you mean platform", "--help")),
     (("plan", NANO, "--compare", "platform"), ("OPTION=VALUE", "platform=cuda,xpu")),
+    (("plan", NANO, "--platform", "cuda", "--memory", "1e400"), ("--memory '1e400'", "not a size")),
+    (("plan", ".", "--platform", "cuda"), ("the folder /", "has no config.json")),
     (("launch", "/nowhere"), ("/nowhere",)),
     (("launch", "--platform", "xpu"), ("xpu", "pip install makeready-xpu")),
     (("launch", "--platform", "tpu"), ("tpu", "cpu")),
@@ -162,6 +164,7 @@ def test_bad_input_is_a_sentence_and_exit_code_2(capsys, arguments, named):
         ("{", ("config.json",)),
         ("[]", ("config.json",)),
         ("{}", ("config.json", "model_type")),
+        ('{"model_type": ["llama"]}', ("config.json", "model_type is ['llama']", "a family's name")),
         ('{"model_type": "nemotron_i"}', ("nemotron_i", "nemotron_h")),
         ('{"model_type": "recurrent_gemma"}', ("recurrent_gemma", "state")),
         ('{"model_type": "llama", "num_hidden_layers": 2}', ("config.json", "num_attention_heads")),
@@ -222,3 +225,23 @@ def test_planning_imports_neither_torch_nor_transformers():
     )
     done = subprocess.run([sys.executable, "-c", code, NANO], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "named"),
+    [
+        (("cold-start", "--runs", "0"), ("--runs", "'0'", "above zero")),
+        (("mixers", "--repeats", "-1"), ("--repeats", "'-1'", "above zero")),
+        (("waste", "--out", "/nowhere/waste.json"), ("--out", "/nowhere", "does not exist")),
+        (("attention",), ("take minutes", "--small", "--device cpu")),
+        (("launch",), ("falcon-h1-7b", "hours on a cpu", "--shape falcon-h1-tiny")),
+        (("launch", "--shape", "falcon-h1-tiny", "--case", "0,1,1"), ("--case '0,1,1'", "above zero", "8,128,64")),
+    ],
+)
+def test_bad_input_of_benchmarks_is_a_sentence_and_exit_code_2(capsys, monkeypatch, arguments, named):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    code, _, err = run(capsys, "bench", *arguments)
+    assert code == 2
+    assert "Traceback" not in err
+    for part in named:
+        assert part in err

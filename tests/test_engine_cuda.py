@@ -52,6 +52,9 @@ def check(family: str, dense: bool = True, **options) -> None:
     try:
         for option in ("compile_layers", "cuda_graphs", "async_scheduling"):
             assert getattr(engine.execution, option) == options[option], engine.execution.reasons
+        reasons = engine.execution.reasons
+        ragged = ready.mixers is None or ready.mixers.captures_ragged
+        assert engine.execution.prefill_graphs == (options["cuda_graphs"] and dense and ragged), reasons
         found = [list(done.token_ids) for done in engine.generate(prompts(), PARAMS)]
         assert found == tokens
         alone = engine.generate(prompts()[2:3], PARAMS)[0]
@@ -87,6 +90,13 @@ def test_tokens_with_kernels(family):
 
 def test_chunks_beside_captured_decodes():
     check("falcon_h1", max_num_batched_tokens=9, **modes(False, True, True))
+
+
+@pytest.mark.parametrize("tokens", [9, 40, 64])
+@pytest.mark.parametrize("family", ["falcon_h1", "nemotron_h", "qwen3_next", "mamba2", "lfm2", "jamba", "llama"])
+def test_captured_prefill(family, tokens):
+    options = {} if family == "llama" else {"mixer_backend": "triton"}
+    check(family, max_num_batched_tokens=tokens, **options, **modes(False, True, True))
 
 
 def test_prefills_by_a_library_beside_captured_decodes():

@@ -185,11 +185,16 @@ def test_every_decision_has_its_reason(model):
     ]  # fmt: skip
 
 
-def test_a_family_that_cannot_be_packed_is_refused_by_name():
+def test_a_method_that_moved_is_refused_by_name(monkeypatch):
+    """An explicit setting raises; else the model runs as it does without packed steps."""
     zaya = tiny_model("zaya")
-    with pytest.raises(UnsupportedModelError, match="requests of zaya cannot be packed"):
-        TransformersEngine(zaya, None, make_ready(zaya, packed_steps=True))
-    TransformersEngine(zaya, None, make_ready(zaya)).close()
+    projection = sys.modules[type(zaya).__module__].ZayaCCAProjection
+    monkeypatch.setattr(projection, "forward", lambda self, hidden_states, strange: None)
+    with pytest.raises(UnsupportedModelError, match="gives 'ZayaCCAProjection.forward' arguments strange"):
+        exchange_for(zaya, TRAITS["zaya"])
+    monkeypatch.delattr(sys.modules[type(zaya).__module__], "ZayaCCAProjection")
+    with pytest.raises(UnsupportedModelError, match=r"has no function 'ZayaCCAProjection\.forward'"):
+        exchange_for(zaya, TRAITS["zaya"])
 
 
 def test_a_function_that_moved_is_refused_by_name(model, monkeypatch):
@@ -216,7 +221,7 @@ def test_a_forward_that_goes_past_the_kernels_is_noticed(model, monkeypatch):
         engine.close()
 
 
-@pytest.mark.parametrize("family", ["jamba", "mamba2", "gpt_oss", "qwen3_next"])
+@pytest.mark.parametrize("family", ["jamba", "mamba2", "gpt_oss", "qwen3_next", "kimi_linear", "zaya"])
 def test_a_closed_engine_leaves_the_model_as_it_was(family):
     model, tokens, _ = stock(family)
     before = model.config._attn_implementation

@@ -81,6 +81,8 @@ def test_an_abort_leaves_the_others_alone(engine):
         ),
         ([3, 128], greedy(1), RequestError, "token 128 is not in the vocabulary of 128 tokens"),
         ("text", greedy(1), RequestError, "the engine has no tokenizer"),
+        (5, greedy(1), RequestError, "the prompt 5 is neither text nor token ids"),
+        (b"text", greedy(1), RequestError, "the prompt b'text' is neither text nor token ids"),
         ([3], SamplingParams(max_new_tokens=0), RequestError, "max_new_tokens 0 cannot be used; give a whole number"),
         ([3], SamplingParams(temperature=-1.0), RequestError, "temperature -1.0 cannot be used; give 0, or"),
         ([3], SamplingParams(top_p=0.0), RequestError, "top_p 0.0 cannot be used; give a number above 0"),

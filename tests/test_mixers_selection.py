@@ -97,7 +97,7 @@ def test_every_reason_of_a_refusal_is_told():
 
 def test_layers_that_mix_by_themselves_ask_nothing():
     conv = StateTensor(name="conv", shape=(8, 4), dtype="float32")
-    layers = [LayerSpec(layer=n, spec=MambaSpec(kind=kind, states=(conv,))) for n, kind in enumerate(("zaya", "kda"))]
+    layers = [LayerSpec(layer=n, spec=MambaSpec(kind=kind, states=(conv,))) for n, kind in enumerate(("own", "kda"))]
     requests = mixer_requests(layers, "float32")
     assert [(request.layer, request.kind) for request in requests] == [(1, "kda")]
     assert choose_mixers((), BUILT_IN, CPU) is None

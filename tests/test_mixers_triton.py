@@ -48,9 +48,11 @@ def kernels() -> MixerKernels:
     return TritonMixers()
 
 
-def compare(kernels, mixer, lens, dtype, state_dtype, *, fresh=(), padding=(), host=True, seed=0, change=None):
+def compare(
+    kernels, mixer, lens, dtype, state_dtype, *, fresh=(), padding=(), host=True, seed=0, ragged=None, change=None
+):
     """One step of both; the reference runs in float32 on the CPU from the very same inputs and states."""
-    batch = make_batch(lens, fresh=fresh, host=host, seed=seed)
+    batch = make_batch(lens, fresh=fresh, host=host, seed=seed, ragged=ragged)
     for index in padding:
         batch.slots[index] = -1
     state = make_pages(batch, mixer.state_shape, dtype=state_dtype)
@@ -60,7 +62,9 @@ def compare(kernels, mixer, lens, dtype, state_dtype, *, fresh=(), padding=(), h
         change(inputs)
     wanted = mixer.run(ReferenceMixers(), cast(inputs, torch.float32), wanted_state, batch)
 
-    on_device = make_batch(lens, fresh=fresh, host=host, slots=batch.slots.tolist(), device=DEVICE)
+    on_device = make_batch(
+        lens, fresh=fresh, host=host, slots=batch.slots.tolist(), device=DEVICE, ragged=ragged
+    )  # fmt: skip
     before = clone_pages(pages)
     out = mixer.run(kernels, {name: value.to(DEVICE) for name, value in inputs.items()}, pages, on_device)
     assert relative_error(out, wanted) < ERROR[dtype]
@@ -86,6 +90,13 @@ def test_ragged_steps_equal_the_reference(kernels, kind, dtype):
 @pytest.mark.parametrize("kind", Mixer.kinds)
 def test_states_in_the_models_dtype_and_lengths_that_the_host_does_not_know(kernels, kind):
     compare(kernels, Mixer(kind), LENS, torch.bfloat16, torch.bfloat16, fresh=[2], padding=[1, 3], host=False)
+
+
+@pytest.mark.parametrize("kind", Mixer.kinds)
+def test_decodes_and_empty_rows_before_the_longer_requests(kernels, kind):
+    """As a captured step with prefill has them; the last row fills the step up."""
+    lens = [1, 1, 0, 0, 1, 9, 37, 0, 21]
+    compare(kernels, Mixer(kind), lens, torch.float32, torch.float32, fresh=[0, 5], padding=[8], host=False, ragged=5)
 
 
 @pytest.mark.parametrize("kind", Mixer.kinds)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import shlex
 from dataclasses import fields
+from importlib import import_module
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,7 @@ import pytest
 from makeready import plan
 from makeready.cli import main
 from makeready.config import EngineConfig
+from makeready.plugins.manager import load_plugins
 from makeready.startup import BUNDLED_MODEL
 
 ROOT = Path(__file__).parent.parent
@@ -49,6 +51,25 @@ def test_commands_run(command, user_folder, capsys):
 def test_examples_run(page, number, user_folder, capsys):
     code = blocks(page, "python")[number]
     exec(compile(code, f"{page} example {number}", "exec"), {"__name__": "example"})
+
+
+def test_the_vendor_guide_s_wheel_works_as_written(tmp_path, monkeypatch):
+    """Its two modules, for a torch_acme that lists one device."""
+    package = tmp_path / "makeready_acme"
+    package.mkdir()
+    for name, code in zip(("policy", "plugin"), blocks("docs/vendor_guide.md", "python"), strict=True):
+        (package / f"{name}.py").write_text(code)
+    (package / "__init__.py").touch()
+    (tmp_path / "torch_acme.py").write_text("def device_count():\n    return 1\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    plugin = import_module("makeready_acme.plugin")
+    plugins = load_plugins(entry_points=(), extra=[("acme", plugin)])
+    assert plugins.problems == ()
+    found = plugin.probe()
+    assert (found.available, found.reason, found.devices[0].name) == (True, "1 Acme devices", "Acme One")
+    decided = plan("nvidia/NVIDIA-Nemotron-3-Nano-30B-A3B-BF16", platform="acme", plugins=plugins)
+    assert decided.block_size % 128 == 0
+    assert any("mamba2 on acme" in reason for reason in decided.reasons)
 
 
 def test_make_targets_of_the_readme_exist():

@@ -12,7 +12,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from makeready.attention_backends.flash.triton_kernels import configs, launch
+from makeready.attention_backends.flash.triton_kernels import configs, latent_launch, launch
 from makeready.attention_backends.flash.triton_kernels.impl import TritonImpl
 from makeready.attention_backends.interface import AttentionCall, BuildRequest
 from makeready.cache import write_triton
@@ -73,6 +73,7 @@ def compiled_for(monkeypatch):
         for module, names in (
             (launch, ("plan_kernel", "decode_kernel", "gather_kernel", "prefill_kernel")),
             (write_triton, ("write_kernel",)),
+            (latent_launch, ("latent_kernel", "latent_sum_kernel")),
         ):
             for name in names:
                 monkeypatch.setattr(module, name, Compiled(getattr(module, name), device, found))
@@ -139,6 +140,24 @@ def test_every_feature_at_once(compiled_for):
     numbers = {"sliding_window": 99, "soft_cap": 9.0, "sinks": torch.ones(8), "alibi_slopes": torch.ones(8)}
     run(HOPPER, 96, (1, 300), **numbers)
     fits(found, HOPPER, ["plan_kernel", "decode_kernel", "gather_kernel", "prefill_kernel"])
+
+
+@pytest.mark.parametrize("device", [HOPPER, AMPERE])
+def test_latents(device, compiled_for):
+    found = compiled_for(device)
+    case = make_case(
+        (900, 300), (1, 9), heads=(32, 1), head_size=512, head_size_v=64, dtype=torch.bfloat16, clear=False
+    )
+    spec = AttentionSpec(num_query_heads=32, num_kv_heads=1, head_size=512, head_size_v=64, dtype="bfloat16", mla=True)
+    request = BuildRequest(
+        device=device, spec=spec, dtype="bfloat16", block_size=16, kernel_block_size=16, num_blocks=64, max_num_seqs=8,
+        max_num_batched_tokens=512, max_model_len=4096, config=AttentionConfig(),
+    )  # fmt: skip
+    attention = TritonImpl(request, 132)
+    query = torch.randn(10, 32, 576).bfloat16()
+    pages = (case.key_cache, case.value_cache)
+    attention.forward_latent(query, *pages, attention.prepare(case.step), AttentionCall(scale=0.1))
+    fits(found, device, ["latent_kernel", "latent_sum_kernel"])
 
 
 def test_writing(compiled_for):

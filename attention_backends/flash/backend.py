@@ -64,13 +64,17 @@ class FlashBackend(AttentionBackend):
 
     :param providers: best first; ``None`` takes the ones that come with the package.
     :param asked: the only one that may serve.
+    :param latents: whether the engine has flash attend over latents; vLLM has other kernels for that.
     """
 
     name = "flash"
 
-    def __init__(self, providers: Sequence[FlashProvider] | None = None, *, asked: str | None = None) -> None:
+    def __init__(
+        self, providers: Sequence[FlashProvider] | None = None, *, asked: str | None = None, latents: bool = False
+    ) -> None:
         self.providers: tuple[FlashProvider, ...] = default_providers() if providers is None else tuple(providers)
         self.asked = asked
+        self.latents = latents
 
     def configured(self, config: AttentionConfig, device: DeviceFacts) -> FlashBackend:
         """With a provider asked, this backend is that provider: what it cannot do, flash cannot do.
@@ -80,16 +84,24 @@ class FlashBackend(AttentionBackend):
         if config.flash_provider is None:
             return self
         self._require_known(config.flash_provider, device)
-        return FlashBackend(self.providers, asked=config.flash_provider)
+        return FlashBackend(self.providers, asked=config.flash_provider, latents=self.latents)
+
+    def for_engine(self, engine: str) -> FlashBackend:
+        """The embedded engine's latent attention is flash's, where a provider has it."""
+        return FlashBackend(self.providers, asked=self.asked, latents=engine == "transformers")
 
     def capabilities(self, device: DeviceFacts) -> Capabilities:
         """The asked provider's; else what the platform's kernels share, or what the first provider there can do.
 
-        Batch invariance is there where a provider has it; latent attention is not: engines have kernels of their own.
+        Batch invariance is there where a provider has it, and so is latent attention for engines that ask flash for it.
         """
         if self.asked is None and device.device_type in POLICY:
             serving = [provider.constraints(device) for provider in self._serving(device)]
-            return replace(POLICY[device.device_type], batch_invariant=any(can.batch_invariant for can in serving))
+            return replace(
+                POLICY[device.device_type],
+                batch_invariant=any(can.batch_invariant for can in serving),
+                mla=self.latents and any(can.mla for can in serving),
+            )
         for provider in self._serving(device):
             return provider.constraints(device)
         return Capabilities(name=self.name, dtypes=frozenset(), kv_cache_dtypes=frozenset(), layouts=())

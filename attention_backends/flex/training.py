@@ -102,7 +102,8 @@ def training_kernel(
 
     :param kernel_block_size: as the plan has it for the layer (``flex_attn_kv_block_size`` goes before it).
     :param config: the ``flex_attn_*`` settings that the backend was built with.
-    :raises BackendError: for a dtype, a device or a kernel block that flex would not serve under batch invariance.
+    :raises BackendError: for a dtype, a device or a kernel block that flex would not serve under batch invariance,
+        and for 16-bit dtypes on a CPU with AMX.
     """
     config = config or AttentionConfig()
     _check("dtype", dtype, ("float32", "bfloat16", "float16"))
@@ -110,6 +111,14 @@ def training_kernel(
     _check("kernel_block_size", kernel_block_size, KERNEL_BLOCKS)
     device = DeviceFacts(platform=device_type, device_type=device_type)
     on_cpu = device_type == "cpu"
+    if on_cpu and dtype != "float32" and torch.cpu._is_amx_tile_supported():
+        raise BackendError(
+            f"dtype {dtype}: on a CPU with AMX a plain pass does not have the bits of the paged cache (seen with torch"
+            " 2.11.0 on a Xeon); float32 does, and so does a GPU",
+            option="dtype",
+            value=dtype,
+            expected="float32",
+        )
     kernel_block = config.flex_attn_kv_block_size or kernel_block_size
     kv_block = invariant_kv_block(config, kernel_block, on_cpu=on_cpu)
     query_block = invariant_query_block(config, on_cpu=on_cpu)

@@ -14,6 +14,7 @@ class ReferenceAttention(AttentionImpl):
     """Reads exactly the tokens that a request's queries can see, so poisoned memory elsewhere is harmless."""
 
     name = "reference"
+    attends_latents = True
 
     def prepare(self, step: StepMetadata) -> StepMetadata:
         """The step itself: nothing is shared beyond it."""
@@ -60,6 +61,27 @@ class ReferenceAttention(AttentionImpl):
             output[start : start + q_len] = attend(
                 query[start : start + q_len], key[first:seq_len], value[first:seq_len], seq_len, call
             )
+        return output
+
+
+    def forward_latent(
+        self,
+        query: torch.Tensor,
+        latent_cache: torch.Tensor,
+        rope_cache: torch.Tensor,
+        metadata: StepMetadata,
+        call: AttentionCall,
+    ) -> torch.Tensor:
+        """Attention over stored latents; shapes as in :class:`AttentionImpl`."""
+        call.refuse_own_masks(self.name)
+        output = query.new_empty(*query.shape[:2], latent_cache.shape[-1])
+        for index, (start, q_len, seq_len) in enumerate(_spans(metadata)):
+            positions = torch.arange(seq_len, device=query.device)
+            blocks = metadata.block_table[index].long()[positions // metadata.block_size]
+            offsets = positions % metadata.block_size
+            latents = latent_cache[blocks, offsets]
+            keys = torch.cat([latents, rope_cache[blocks, offsets]], dim=-1)
+            output[start : start + q_len] = attend(query[start : start + q_len], keys, latents, seq_len, call)
         return output
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from operator import index
 from typing import Any
@@ -278,6 +278,11 @@ class TransformersEngine:
                     option="prompt", value=prompt, expected="token ids",
                 )  # fmt: skip
             tokens = tuple(self._tokenizer.encode(_utf8(prompt)))
+        elif not isinstance(prompt, Iterable) or isinstance(prompt, bytes):
+            raise RequestError(
+                f"the prompt {prompt!r} is neither text nor token ids",
+                option="prompt", value=prompt, expected="text, or a list of token ids",
+            )  # fmt: skip
         else:
             tokens = tuple(map(_token_id, prompt))
         wrong = [token for token in tokens if not 0 <= token < self._vocab_size]

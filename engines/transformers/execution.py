@@ -26,6 +26,9 @@ class Execution:
     """What computes state layers of packed steps; None without any."""
     compile_layers: bool
     cuda_graphs: bool
+    """Whether steps of decodes are captured."""
+    prefill_graphs: bool
+    """Whether steps with prefill are, up to a number of tokens."""
     async_scheduling: bool
     reasons: tuple[str, ...]
 
@@ -42,18 +45,21 @@ def decide(model: Any, ready: Ready, traits: Traits) -> Execution:
     if not packed:
         _refuse_without_packing(asked, why)
         return Execution(
-            packed=False, kernels=None, compile_layers=False, cuda_graphs=False, async_scheduling=False,
-            reasons=tuple(reasons),
+            packed=False, kernels=None, compile_layers=False, cuda_graphs=False, prefill_graphs=False,
+            async_scheduling=False, reasons=tuple(reasons),
         )  # fmt: skip
-    compiled, why = _choose_compile(asked, traits, on_cuda)
+    compiled, why = _choose_compile(asked, _expands(ready, traits), on_cuda)
     reasons.append(why)
     graphs, why = _choose_graphs(asked, _obstacle(model, ready, traits, kernels))
     reasons.append(why)
+    prefill = graphs and not (why := _ragged_obstacle(ready, kernels))
+    if graphs:
+        reasons.append(f"prefill_graphs: {_on(prefill)}, {f'since {why}' if why else 'with cuda_graphs'}.")
     ahead = on_cuda if asked.async_scheduling is None else asked.async_scheduling
     reasons.append(f"async_scheduling: {_on(ahead)}, {_why(asked.async_scheduling, model.device.type)}.")
     return Execution(
-        packed=True, kernels=kernels, compile_layers=compiled, cuda_graphs=graphs, async_scheduling=ahead,
-        reasons=tuple(reasons),
+        packed=True, kernels=kernels, compile_layers=compiled, cuda_graphs=graphs, prefill_graphs=prefill,
+        async_scheduling=ahead, reasons=tuple(reasons),
     )  # fmt: skip
 
 
@@ -98,9 +104,18 @@ def _refuse_without_packing(asked: ExecutionConfig, why: str) -> None:
             )
 
 
-def _choose_compile(asked: ExecutionConfig, traits: Traits, on_cuda: bool) -> tuple[bool, str]:
-    if traits.expands_latents:
-        reason = "attention expands latents of every length, which would be compiled anew each time"
+def _expands(ready: Ready, traits: Traits) -> str | None:
+    """The attention backends for which the model must expand stored latents; None if it need not."""
+    from .packed.patching import attends_latents
+
+    if traits.expand_latents is None or attends_latents(ready, traits):
+        return None
+    return " and ".join(sorted({impl.name for impl in ready.attention.values() if not impl.attends_latents}))
+
+
+def _choose_compile(asked: ExecutionConfig, expands: str | None, on_cuda: bool) -> tuple[bool, str]:
+    if expands:
+        reason = f"{expands} attention wants latents expanded, of every length, which would be compiled anew each time"
         if asked.compile_layers:
             raise ConfigError(f"compile_layers: {reason}", option="compile_layers", value=True, expected=False)
         return False, f"compile_layers: off, since {reason}."
@@ -122,8 +137,8 @@ def _obstacle(model: Any, ready: Ready, traits: Traits, kernels: MixerKernels | 
     """Why steps of decodes cannot be captured."""
     if model.device.type != "cuda":
         return "the model is not on a CUDA device"
-    if traits.expands_latents:
-        return f"attention of {traits.model_type} expands latents, as many as there are tokens"
+    if expands := _expands(ready, traits):
+        return f"{expands} attention wants latents of {traits.model_type} expanded, as many as there are tokens"
     waiting = sorted({impl.name for impl in ready.attention.values() if not impl.capturable})
     if waiting:
         return f"attention backend {' and '.join(waiting)} cannot run inside a graph"
@@ -136,6 +151,16 @@ def _obstacle(model: Any, ready: Ready, traits: Traits, kernels: MixerKernels | 
             " call model.set_experts_implementation('batched_mm')"
         )
     return None
+
+
+def _ragged_obstacle(ready: Ready, kernels: MixerKernels | None) -> str:
+    """Why steps with prefill cannot be captured though steps of decodes can; empty if they can."""
+    waiting = sorted({impl.name for impl in ready.attention.values() if not impl.captures_ragged})
+    if waiting:
+        return f"attention backend {' and '.join(waiting)} must know on the host who has how many tokens"
+    if kernels is not None and not kernels.captures_ragged:
+        return f"state mixers {kernels.name} must know on the host who has how many tokens"
+    return ""
 
 
 def _on(value: bool) -> str:

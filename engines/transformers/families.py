@@ -28,11 +28,11 @@ class Traits:
     """False if a prefill chunk of one token must not follow another: it would take the decode path."""
     scan: str | None = None
     """Module global that scans a mamba1 prefill from a zero state; the engine supplies the right one."""
-    kernels: tuple[str, ...] | None = ()
-    """Module globals that compute the family's state mixers, for which packed steps have their own; ``None`` where
-    requests cannot be packed into one row."""
-    expands_latents: bool = False
-    """True if attention stores latents, which the model expands after they were read back."""
+    kernels: tuple[str, ...] = ()
+    """Module globals, or methods as ``Class.method``, that compute the family's state mixers, for which packed steps
+    have their own."""
+    expand_latents: str | None = None
+    """Method of the modeling module that expands stored latents to K and V; ``None`` for attention without latents."""
     note: str = ""
     """Why, for the record."""
 
@@ -58,7 +58,8 @@ _FAMILIES: tuple[Traits, ...] = (
            scan="mamba_selective_scan", note=_SCAN),
     Traits(model_type="granitemoehybrid", kernels=_MAMBA2),
     Traits(model_type="jamba", kernels=_MAMBA1, scan="mamba_selective_scan", note=_SCAN),
-    Traits(model_type="kimi_linear", kernels=(_CONV, "chunk_kimi_delta_attention"), expands_latents=True),
+    Traits(model_type="kimi_linear", kernels=(_CONV, "chunk_kimi_delta_attention"),
+           expand_latents="KimiLinearAttention.expand_kv"),
     Traits(model_type="lfm2", kernels=(_CONV,)),
     Traits(model_type="lfm2_moe", kernels=(_CONV,)),
     Traits(model_type="mamba", kernels=_MAMBA1, cache_argument="cache_params", takes_positions=False,
@@ -71,7 +72,7 @@ _FAMILIES: tuple[Traits, ...] = (
     Traits(model_type="qwen3_next", kernels=_DELTA),
     Traits(model_type="zamba", kernels=_MAMBA1, scan="mamba_selective_scan", note=_SCAN),
     Traits(model_type="zamba2", kernels=_MAMBA2, replays_generated=True, single_token_chunks=False, note=_DT_CLAMP),
-    Traits(model_type="zaya", kernels=None),
+    Traits(model_type="zaya", kernels=("ZayaCCAProjection.forward",)),
     Traits(model_type="llama"),
     Traits(model_type="gemma2"),
     Traits(model_type="gemma3_text"),

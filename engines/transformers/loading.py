@@ -55,7 +55,7 @@ def _guarded(path: Path, what: str, load: Callable[..., Any], *args: Any, **kwar
     try:
         return load(*args, local_files_only=True, **kwargs)
     except Exception as error:  # transformers and safetensors raise many types; all mean a broken checkpoint
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        reason = " ".join(str(error).split())[:300] or type(error).__name__
         raise _refuse(path, f"the {what} in {path} cannot be loaded: {reason}", f"readable {what}") from error
 
 

@@ -14,8 +14,8 @@ from ...device import DeviceFacts
 if TYPE_CHECKING:
     from .interface import MixerKernels
 
-MIXERS: tuple[str, ...] = ("mamba1", "mamba2", "gdn", "kda", "shortconv", "lightning")
-"""Kinds of state layers (``MambaSpec.kind``) that the interface computes; ``zaya`` mixes its states by itself."""
+MIXERS: tuple[str, ...] = ("mamba1", "mamba2", "gdn", "kda", "shortconv", "lightning", "zaya")
+"""Kinds of state layers (``MambaSpec.kind``) that the interface computes; ``zaya`` is convolutions only."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -33,8 +33,10 @@ class StepTables:
 class StateBatch:
     """B requests with T tokens in all, packed request after request; a decode is a request with one token.
 
-    In a captured step (``decode_only``, B tokens) the tensors are slices of persistent buffers and nothing here may
-    wait for the device: kernels then use B, ``slots`` and ``fresh`` only, and token ``i`` belongs to request ``i``.
+    In a captured step the tensors are slices of persistent buffers and nothing here may wait for the device. One of
+    decodes is ``decode_only``: kernels then use B, ``slots`` and ``fresh`` only, and token ``i`` belongs to request
+    ``i``. In any other, ``query_lens_host`` is None, ``num_ragged`` bounds the longer requests, and a request may have
+    no token.
     """
 
     query_start: torch.Tensor
@@ -49,6 +51,8 @@ class StateBatch:
     """Tokens of each request, where the host knows them."""
     decode_only: bool = False
     """Every request has exactly one token."""
+    num_ragged: int | None = None
+    """Only so many requests, the last ones, may have several tokens; ``None`` if any may."""
     tables: StepTables = field(default_factory=StepTables, init=False, repr=False, compare=False)
     """What kernels derived from this step."""
 
@@ -56,6 +60,11 @@ class StateBatch:
     def num_requests(self) -> int:
         """B."""
         return self.slots.shape[0]
+
+    @property
+    def first_ragged(self) -> int:
+        """The first request that may have several tokens."""
+        return 0 if self.num_ragged is None else self.num_requests - self.num_ragged
 
     @property
     def may_have_decodes(self) -> bool:

@@ -26,6 +26,8 @@ class MixerKernels(ABC):
     name: str
     capturable: bool = False
     """Whether steps with ``decode_only`` can run inside a CUDA graph: no waiting, shapes from B only."""
+    captures_ragged: bool = False
+    """Whether steps with ``num_ragged`` can, too: shapes from T, B and ``num_ragged`` only."""
 
     @abstractmethod
     def causal_conv(

@@ -151,6 +151,8 @@ TABLE: tuple[Entry, ...] = (
 )
 """The first entry that fits counts. Entries for ``any`` device fit 99 KB of shared memory, and never ran."""
 
+LATENT_HEADS = 32
+"""Query heads of a program that attends over latents."""
 SEGMENT = 4096
 """Tokens of a segment in the batch-invariant mode, for models of up to :data:`SEGMENTS` of them."""
 SEGMENTS = 32

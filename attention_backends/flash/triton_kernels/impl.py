@@ -12,7 +12,17 @@ from ....errors import BackendError
 from ...interface import AttentionCall, AttentionImpl, BuildRequest
 from ...metadata import StepMetadata
 from .configs import short_queries
-from .launch import DecodeWork, PrefillWork, Shape, decode, plan_decode, plan_prefill, prefill
+from .latent_launch import LatentWork, attend_latents, plan_latent
+from .launch import (
+    DecodeWork,
+    PrefillWork,
+    Shape,
+    decode,
+    plan_decode,
+    plan_prefill,
+    plan_ragged_prefill,
+    prefill,
+)
 from .tuned import Configs, read_table
 
 GATHERED_BLOCK = 16
@@ -33,6 +43,8 @@ class TritonStep:
 
     step: StepMetadata
     works: dict[tuple[object, ...], Works] = field(default_factory=dict)
+    latent: LatentWork | None = None
+    """For layers that store latents."""
 
 
 class TritonImpl(AttentionImpl):
@@ -45,6 +57,8 @@ class TritonImpl(AttentionImpl):
 
     name = "flash"
     capturable = True
+    captures_ragged = True
+    attends_latents = True
 
     def __init__(self, request: BuildRequest, compute_units: int, configs: Configs | None = None) -> None:
         self._request = request
@@ -65,8 +79,14 @@ class TritonImpl(AttentionImpl):
                 value=step.block_size,
                 expected=self._request.block_size,
             )
-        prepared, spec = TritonStep(step), self._request.spec
-        if not spec.mla and step.num_requests:
+        spec = self._request.spec
+        if spec.mla and step.num_requests:
+            latent = plan_latent(
+                step, spec.num_query_heads, self._request.device, self._units, invariant=self._invariant
+            )
+            return TritonStep(step, latent=latent)
+        prepared = TritonStep(step)
+        if step.num_requests:
             shape = Shape(
                 num_heads=spec.num_query_heads,
                 num_kv_heads=spec.num_kv_heads,
@@ -127,6 +147,20 @@ class TritonImpl(AttentionImpl):
         )
         return self._run(query, _as_blocks(keys), _as_blocks(values), TritonStep(gathered), call, None)
 
+    def forward_latent(
+        self,
+        query: torch.Tensor,
+        latent_cache: torch.Tensor,
+        rope_cache: torch.Tensor,
+        metadata: TritonStep,
+        call: AttentionCall,
+    ) -> torch.Tensor:
+        """Attention over stored latents; shapes as in :class:`AttentionImpl`."""
+        call.refuse_own_masks("flash by triton")
+        if metadata.latent is None:
+            return query.new_empty(*query.shape[:2], latent_cache.shape[-1])
+        return attend_latents(query, latent_cache, rope_cache, metadata.step, metadata.latent, call)
+
     def _run(
         self,
         query: torch.Tensor,
@@ -164,18 +198,14 @@ class TritonImpl(AttentionImpl):
 
     def _shared_out(self, step: StepMetadata, shape: Shape, window: int | None, *, causal: bool, narrow: bool) -> Works:
         """One query token decodes; a few take the same kernel with more rows, if causal; the others prefill."""
+        if step.num_ragged:
+            return self._ragged(step, shape, window, causal=causal, narrow=narrow)
         device, lens = self._request.device, step.query_lens_host
         most = short_queries(shape.group) if causal and not self._invariant else 1
         decodes = []
         for fewest, queries in ((1, 1), (2, most)):
             if any(fewest <= count <= queries for count in lens):
-                config = self._configs.decode(
-                    device, head_size=max(shape.padded, shape.padded_v), rows=queries * shape.group, narrow=narrow,
-                    invariant=self._invariant, max_model_len=self._request.max_model_len,
-                )  # fmt: skip
-                decodes.append(
-                    plan_decode(step, shape, config, self._units, fewest=fewest, queries=queries, window=window)
-                )
+                decodes.append(self._decodes(step, shape, window, fewest, queries, narrow=narrow))
         long = [(count, length) for count, length in zip(lens, step.seq_lens_host, strict=True) if count > most]
         if not long:
             return Works(tuple(decodes), None)
@@ -186,6 +216,26 @@ class TritonImpl(AttentionImpl):
             invariant=self._invariant, max_model_len=self._request.max_model_len,
         )  # fmt: skip
         return Works(tuple(decodes), plan_prefill(step, shape, tiles, fewest=most + 1))
+
+    def _ragged(self, step: StepMetadata, shape: Shape, window: int | None, *, causal: bool, narrow: bool) -> Works:
+        """Who has how many tokens only the device knows: one token decodes, more prefill."""
+        tiles = self._configs.prefill(
+            self._request.device, shape.head_size, shape.head_size_v, shape.group, requests=step.num_tokens, queries=0,
+            keys=0, block_size=step.block_size, causal=causal, narrow=narrow, invariant=self._invariant,
+            max_model_len=self._request.max_model_len,
+        )  # fmt: skip
+        decodes = (self._decodes(step, shape, window, 1, 1, narrow=narrow),)
+        return Works(decodes, plan_ragged_prefill(step, shape, tiles, fewest=2))
+
+    def _decodes(
+        self, step: StepMetadata, shape: Shape, window: int | None, fewest: int, queries: int, *, narrow: bool
+    ) -> DecodeWork:
+        """Requests of ``fewest`` to ``queries`` query tokens."""
+        config = self._configs.decode(
+            self._request.device, head_size=max(shape.padded, shape.padded_v), rows=queries * shape.group,
+            narrow=narrow, invariant=self._invariant, max_model_len=self._request.max_model_len,
+        )  # fmt: skip
+        return plan_decode(step, shape, config, self._units, fewest=fewest, queries=queries, window=window)
 
 
 def _as_blocks(gathered: Sequence[torch.Tensor]) -> torch.Tensor:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import triton
@@ -13,6 +13,7 @@ from ...interface import AttentionCall
 from ...metadata import StepMetadata
 from .configs import DecodeConfig, PrefillConfig
 from .decode import decode_kernel, plan_kernel
+from .items import tile_items
 from .prefill import COPIES, GATHERED, PAGES, gather_kernel, prefill_kernel
 
 LOG2E = 1.4426950408889634
@@ -89,7 +90,7 @@ def plan_decode(
     plan_kernel[(1,)](
         step.seq_lens, step.query_start, starts, first, count, step.num_requests, programs,
         HK=heads, FEWEST=fewest, QUERIES=queries, WINDOW=work.window, UNIT=unit, FIXED=config.fixed,
-        BLOCK_B=min(256, max(16, triton.next_power_of_2(step.num_requests))), BLOCK_P=32, num_warps=8,
+        BLOCK_B=16 if step.num_requests <= 16 and queries == 1 else 256, BLOCK_P=32, num_warps=8,
     )  # fmt: skip
     return work
 
@@ -132,14 +133,6 @@ class PrefillWork:
 
 def plan_prefill(step: StepMetadata, shape: Shape, config: PrefillConfig, *, fewest: int) -> PrefillWork:
     """Tiles of the requests with ``fewest`` query tokens or more, made on the host."""
-    tokens = config.block_m // shape.group
-    found = [
-        (length - queries + tile * tokens, request, tile)
-        for request, (length, queries) in enumerate(zip(step.seq_lens_host, step.query_lens_host, strict=True))
-        if queries >= fewest
-        for tile in range(-(-queries // tokens))
-    ]
-    found.sort(reverse=True)
     room = [
         -(-length // config.block_n) * config.block_n if queries >= fewest else 0
         for length, queries in zip(step.seq_lens_host, step.query_lens_host, strict=True)
@@ -151,11 +144,17 @@ def plan_prefill(step: StepMetadata, shape: Shape, config: PrefillConfig, *, few
         starts.append(starts[-1] + count)
     return PrefillWork(
         config=config,
-        items=_staged([number for _, request, tile in found for number in (request, tile)], device).view(-1, 2),
+        items=tile_items(step, config.block_m // shape.group, fewest=fewest),
         base=_staged(starts, device) if gathered else None,
         rows=starts[-1],
         longest=max(room),
     )
+
+
+def plan_ragged_prefill(step: StepMetadata, shape: Shape, config: PrefillConfig, *, fewest: int) -> PrefillWork:
+    """The same for a captured step, made on the device: K and V stay in their pages."""
+    items = tile_items(step, config.block_m // shape.group, fewest=fewest)
+    return PrefillWork(config=replace(config, source="pages"), items=items, base=None, rows=0, longest=0)
 
 
 def prefill(

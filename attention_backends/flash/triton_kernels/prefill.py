@@ -125,8 +125,9 @@ def prefill_kernel(
 ):  # fmt: skip
     """Rows are (query token, query head of the KV head): BLOCK_M // G tokens. ``scale`` holds log2(e) and K's scale.
 
-    ``items`` are (request, tile of query tokens), the longest first. FIXED: KV tiles of a segment in the
-    batch-invariant mode, which adds segments up as decode does; else 0.
+    ``items`` are (request, tile of query tokens), the longest first; a tile past its request's tokens does nothing, and
+    a request without keys gets zeros. FIXED: KV tiles of a segment in the batch-invariant mode, which adds segments up
+    as decode does; else 0.
     """
     LOG2E: tl.constexpr = 1.4426950408889634
     BLOCK_Q: tl.constexpr = BLOCK_M // G
@@ -177,6 +178,10 @@ def prefill_kernel(
         if not CAUSAL:
             hi = tl.minimum(length, last + WINDOW)
             full_to = tl.minimum(length, first + WINDOW)
+    nothing = (length <= 0) | (tile * BLOCK_Q >= queries)
+    since = tl.where(nothing, 0, since)
+    hi = tl.where(nothing, 0, hi)
+    full_to = tl.where(nothing, 0, full_to)
     lo = since // BLOCK_N * BLOCK_N
     full_to = full_to // BLOCK_N * BLOCK_N
     full_from = tl.minimum(full_from, full_to)

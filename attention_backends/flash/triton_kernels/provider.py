@@ -14,7 +14,7 @@ from ...interface import AttentionImpl, BuildRequest, Capabilities, LayerRequest
 from ...workspace import StepLimits, Workspace
 from ..providers import FlashProvider, build_refusals
 from .configs import invariant_rows
-from .scratch import workspace_of
+from .scratch import latent_workspace, workspace_of
 
 HALF = frozenset({"bfloat16", "float16"})
 FP8 = frozenset({"fp8_e4m3", "fp8_e5m2"})
@@ -90,9 +90,9 @@ class TritonProvider(FlashProvider):
         )
 
     def workspace(self, request: LayerRequest, device: DeviceFacts, limits: StepLimits) -> Workspace:
-        """Partial sums, and the copy of K and V that a long prefill reads; latents are the engine's to expand."""
+        """Partial sums, and the copy of K and V that a long prefill reads; latents are read in their pages."""
         if request.spec.mla:
-            return Workspace()
+            return latent_workspace(request.spec, device)
         return workspace_of(request.spec, device, limits, invariant=request.batch_invariant)
 
     def probe(self, device: DeviceFacts) -> Probe:

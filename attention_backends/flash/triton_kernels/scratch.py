@@ -5,7 +5,7 @@ from __future__ import annotations
 from ....cache.specs import AttentionSpec
 from ....device import DeviceFacts
 from ...workspace import StepLimits, Workspace
-from .configs import LONG_QUERIES, DecodeConfig, PrefillConfig, short_queries
+from .configs import LATENT_HEADS, LONG_QUERIES, DecodeConfig, PrefillConfig, short_queries
 from .tuned import Configs, padded, read_table
 
 MOST_UNITS = 192
@@ -38,6 +38,12 @@ def workspace_of(spec: AttentionSpec, device: DeviceFacts, limits: StepLimits, *
     )  # fmt: skip
     numbers = _gathered(longest, limits) * spec.num_kv_heads * (width + width_v)
     return Workspace(kept_bytes=kept, layer_bytes=GATHERED_BYTES * numbers)
+
+
+def latent_workspace(spec: AttentionSpec, device: DeviceFacts) -> Workspace:
+    """Partial sums of decodes over latents: at most one program a multiprocessor, where programs share a request."""
+    rows = (device.compute_units or MOST_UNITS) * LATENT_HEADS
+    return Workspace(layer_bytes=4 * rows * (padded(spec.head_size) + 2))
 
 
 def _slots(config: DecodeConfig, heads: int, device: DeviceFacts, limits: StepLimits) -> int:

@@ -9,11 +9,13 @@ import torch
 from ....attention_backends.interface import AttentionCall
 from ....errors import BackendError
 from ..attention import HARMLESS, PACKED_NAME
-from .mla import attend_expanded
+from .mla import attend_expanded, attend_latents
 from .ops import operators
 
-EXPANDED = "makeready_expanded"
-"""The forward argument that is true for models that expand stored latents."""
+LATENTS = "makeready_latents"
+"""The forward argument of models with latent attention: :data:`STORED` or :data:`EXPANDED`."""
+STORED, EXPANDED = "stored", "expanded"
+"""Attention gets this step's latents and reads the others from their pages, or gets all of them expanded."""
 
 
 def register() -> None:
@@ -41,12 +43,12 @@ def attend_packed(
     """Attention over the pages, for the layer that runs.
 
     :param query: (1, Hq, T, D).
-    :param key: (1, Hk, T, D), this step's; for MLA the expanded keys of all requests.
+    :param key: (1, Hk, T, D), this step's; for MLA its latents, or the expanded keys of all requests.
     :param value: as ``key``.
     :return: (1, T, Hq, Dv), contiguous, and no weights.
     :raises BackendError: for an argument that would change attention in a way no backend was told of.
     """
-    expanded = kwargs.pop(EXPANDED, None)
+    latents = kwargs.pop(LATENTS, None)
     unknown = sorted(name for name, value in kwargs.items() if value is not None and name not in HARMLESS)
     if attention_mask is not None:
         unknown.append("attention_mask")
@@ -60,8 +62,10 @@ def attend_packed(
             expected=["scaling", "is_causal", "sliding_window", "softcap", "s_aux"],
         )
     scale = query.shape[-1] ** -0.5 if scaling is None else float(scaling)
+    if latents == STORED:
+        return attend_latents(module, query, key, value, scale), None
     packed = query[0].transpose(0, 1)
-    if expanded:
+    if latents == EXPANDED:
         call = AttentionCall(scale=scale, causal=is_causal is not False, soft_cap=softcap, sinks=s_aux)
         return attend_expanded(packed.contiguous(), key[0], value[0], call)[None], None
     output = torch.ops.makeready.attention(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -13,6 +14,7 @@ from ....cache.staging import stage
 from ....hybrid.mixers.batch import StateBatch
 from ..binding import Binding
 from ..forward_step import prepare_backends
+from .buckets import RaggedBucket
 from .context import PackedStep
 from .rows import Row
 
@@ -20,7 +22,7 @@ from .rows import Row
 class StepBuilder:
     """Builds steps in persistent buffers, one set per attention group.
 
-    :param max_num_seqs: rows of the largest step.
+    :param max_rows: rows of the largest step, with those that pad it.
     :param max_num_batched_tokens: tokens of the largest step.
     :param max_model_len: tokens of the longest sequence.
     """
@@ -29,7 +31,7 @@ class StepBuilder:
         self,
         binding: Binding,
         *,
-        max_num_seqs: int,
+        max_rows: int,
         max_num_batched_tokens: int,
         max_model_len: int,
         device: torch.device,
@@ -37,8 +39,8 @@ class StepBuilder:
         self._binding, self._device, self._max_model_len = binding, device, max_model_len
         self.buffers: Mapping[int, StepBuffers] = {
             group.index: StepBuffers(
-                max_num_seqs=max_num_seqs,
-                max_num_batched_tokens=max(max_num_batched_tokens, max_num_seqs),
+                max_num_seqs=max_rows,
+                max_num_batched_tokens=max_num_batched_tokens,
                 max_blocks=-(-max_model_len // group.block_size),
                 block_size=group.block_size,
                 device=device,
@@ -79,6 +81,41 @@ class StepBuilder:
         """The step of ``bucket`` decodes; backends prepare here, inside the graph."""
         return self._step(rows=(1,) * bucket, num_decodes=bucket, metadata=metadata, states=states)
 
+    def dummy(self, lens: Sequence[int], seq_lens: Sequence[int], decode_only: bool = False) -> PackedStep:
+        """A step of nobody's requests: kernels run as in any other, and no page is touched."""
+        slots = [[-1] * len(lens) for _ in self.state_groups]
+        return self._step(
+            rows=tuple(lens),
+            num_decodes=0,
+            metadata={group: buffers.dummy(lens, seq_lens) for group, buffers in self.buffers.items()},
+            states=self._batches(lens, [False] * len(lens), slots, decode_only),
+        )
+
+    def fill_ragged(self, rows: Sequence[Row], bucket: RaggedBucket) -> dict[int, StepMetadata]:
+        """The same for a captured step with prefill."""
+        starts, lens, places = [row.start for row in rows], [row.length for row in rows], bucket.places(rows)
+        return {
+            group: buffers.fill_ragged(
+                [row.request.tables[group] for row in rows], starts, lens, places=places, rows=bucket.rows,
+                tokens=bucket.tokens,
+            )
+            for group, buffers in self.buffers.items()
+        }  # fmt: skip
+
+    def captured_ragged_metadata(self, bucket: RaggedBucket) -> dict[int, StepMetadata]:
+        """The metadata to capture a step with prefill with."""
+        return {
+            group: buffers.captured_ragged(bucket.rows, bucket.tokens, bucket.num_ragged, self._max_model_len)
+            for group, buffers in self.buffers.items()
+        }
+
+    def captured_ragged(
+        self, bucket: RaggedBucket, metadata: Mapping[int, StepMetadata], states: Mapping[int, StateBatch]
+    ) -> PackedStep:
+        """The step with prefill; backends prepare here, inside the graph."""
+        lens = (*[0] * (bucket.rows - 1), bucket.tokens)
+        return self._step(rows=lens, num_decodes=0, metadata=metadata, states=states)
+
     def _step(
         self,
         *,
@@ -91,25 +128,36 @@ class StepBuilder:
         return PackedStep(query_lens=rows, num_decodes=num_decodes, metadata=metadata, prepared=prepared, states=states)
 
     def _states(self, rows: Sequence[Row]) -> dict[int, StateBatch]:
-        groups = self.state_groups
-        if not groups:
+        slots = [[row.request.tables[group].blocks[0] for row in rows] for group in self.state_groups]
+        return self._batches(
+            [row.length for row in rows], [row.start == 0 for row in rows], slots, all(row.is_decode for row in rows)
+        )
+
+    def _batches(
+        self, lens: Sequence[int], fresh: Sequence[bool], slots: Sequence[Sequence[int]], decode_only: bool
+    ) -> dict[int, StateBatch]:
+        """Per state group the step as its mixers see it, from one copy; each tensor begins aligned."""
+        if not slots:
             return {}
-        lens = tuple(row.length for row in rows)
-        starts = [0]
-        for length in lens:
-            starts.append(starts[-1] + length)
-        fresh = [int(row.start == 0) for row in rows]
-        slots = [row.request.tables[group].blocks[0] for group in groups for row in rows]
-        staged = stage([*starts, *fresh, *slots], torch.int32, self._device)
-        query_start, is_fresh, packed = torch.split(staged, [len(starts), len(fresh), len(slots)])
+        parts = ([0, *accumulate(lens)], [int(flag) for flag in fresh], *slots)
+        staged = stage([number for part in parts for number in _aligned(part)], torch.int32, self._device)
+        starts = [0, *accumulate(len(_aligned(part)) for part in parts)]
+        query_start, is_fresh, *pages = (
+            staged[start : start + len(part)] for start, part in zip(starts, parts, strict=False)
+        )
         return {
             group: StateBatch(
                 query_start=query_start,
-                slots=packed[index * len(rows) : (index + 1) * len(rows)],
+                slots=of_group,
                 fresh=is_fresh.bool(),
                 max_query_len=max(lens),
-                query_lens_host=lens,
-                decode_only=all(row.is_decode for row in rows),
+                query_lens_host=tuple(lens),
+                decode_only=decode_only,
             )
-            for index, group in enumerate(groups)
+            for group, of_group in zip(self.state_groups, pages, strict=True)
         }
+
+
+def _aligned(numbers: Sequence[int]) -> list[int]:
+    """Filled up to 16 bytes of int32: kernels are compiled for aligned addresses and for others."""
+    return [*numbers, *[0] * (-len(numbers) % 4)]

@@ -20,19 +20,21 @@ class PackedCache(Cache):
     :param num_layers: layers of the model.
     :param state_layers: layers with a state and no attention.
     :param empty_layers: layers that store nothing.
-    :param mla: whether attention stores latents, which the model expands.
+    :param gathers: whether the model expands the stored latents of all requests (MLA).
     """
 
-    def __init__(self, num_layers: int, state_layers: frozenset[int], empty_layers: frozenset[int], mla: bool) -> None:
+    def __init__(
+        self, num_layers: int, state_layers: frozenset[int], empty_layers: frozenset[int], gathers: bool
+    ) -> None:
         layers: Any = [_LayerView() for _ in range(num_layers)]
         super().__init__(layers=layers)
-        self._state_layers, self._empty_layers, self._mla = state_layers, empty_layers, mla
+        self._state_layers, self._empty_layers, self._gathers = state_layers, empty_layers, gathers
 
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int, *args: Any, **kwargs: Any
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """K and V as they are: attention writes and reads the pages. For MLA the stored latents of all requests."""
-        if self._mla:
+        """K and V as they are: attention writes and reads the pages. Or the stored latents of all requests."""
+        if self._gathers:
             return gather_latents(key_states, value_states)
         return key_states, value_states
 

@@ -1,6 +1,6 @@
 """What stands in for the kernel functions of transformers' modeling modules while a packed forward runs.
 
-Every family calls the same few functions, by the names in :data:`ENTRY_POINTS`, as globals of its modeling module.
+Families call the same few functions, by the names in :data:`ENTRY_POINTS`, as globals of their modeling modules.
 The functions here take the same arguments and reach the operators of :mod:`.ops`. They see all requests of a step as
 one row of T tokens; where each begins and what state it has, the operators know.
 """
@@ -12,6 +12,8 @@ from types import MappingProxyType
 from typing import Any
 
 import torch
+
+from . import zaya
 
 _KERNEL_ACTIVATIONS = {None: None, "silu": "silu", "swish": "silu"}
 
@@ -122,9 +124,10 @@ ENTRY_POINTS: Mapping[str, Callable[..., Any]] = MappingProxyType(
         "mamba_selective_scan": mamba_selective_scan,
         "torch_chunk_gated_delta_rule": chunk_gated_delta_rule,
         "chunk_kimi_delta_attention": chunk_kimi_delta_attention,
+        "ZayaCCAProjection.forward": zaya.project,
     }
 )
-"""Name in the modeling module, and what replaces it."""
+"""Name in the modeling module, a function or a method, and what replaces it."""
 
 
 def _rows(tokens: torch.Tensor) -> torch.Tensor:

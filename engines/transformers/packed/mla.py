@@ -1,4 +1,4 @@
-"""Latent attention in packed forwards: models expand the stored latents of all requests, one after the other."""
+"""Latent attention in packed forwards: over the stored latents themselves, or over what the model expands them to."""
 
 from __future__ import annotations
 
@@ -7,6 +7,35 @@ import torch
 from ....attention_backends.interface import AttentionCall
 from ....cache.write import write_kv
 from .context import running
+
+
+def keep_latents(
+    module: torch.nn.Module, kv_nope: torch.Tensor, k_rot: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Stands in for the model's ``expand_kv``: this step's latents, (1, 1, T, R) and (1, 1, T, P), as they are."""
+    return kv_nope, k_rot
+
+
+def attend_latents(
+    module: torch.nn.Module, query: torch.Tensor, latent: torch.Tensor, rope: torch.Tensor, scale: float
+) -> torch.Tensor:
+    """Attention of the step over the stored latents, this step's included.
+
+    ``kv_b_proj`` makes K and V of a latent. What it does to K is done to the queries instead, and what it does to V to
+    the outputs, so that nothing is expanded: (q W_K) latent is q (W_K latent).
+
+    :param query: (1, Hq, T, N + P), the last P of them rotary.
+    :param latent: (1, 1, T, R).
+    :param rope: (1, 1, T, P).
+    :return: (1, T, Hq, Dv), contiguous.
+    """
+    heads, width, rank = query.shape[1], query.shape[3] - rope.shape[3], latent.shape[3]
+    weight = module.kv_b_proj.weight.view(heads, -1, rank)  # type: ignore[union-attr, operator]
+    known, rotary = query[0, :, :, :width], query[0, :, :, width:]
+    packed = torch.cat([torch.bmm(known, weight[:, :width]), rotary], dim=-1).transpose(0, 1).contiguous()
+    seen = torch.ops.makeready.latent_attention(packed, latent[0].transpose(0, 1), rope[0].transpose(0, 1), scale)
+    output = torch.bmm(seen.transpose(0, 1), weight[:, width:].transpose(1, 2))
+    return output.transpose(0, 1).contiguous()[None]
 
 
 def gather_latents(key: torch.Tensor, value: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

@@ -28,6 +28,7 @@ def open_packed(model: Any, ready: Ready, traits: Traits, execution: Execution) 
         compiled,
         limits=compiled.limits if compiled else nullcontext,
         cuda_graphs=execution.cuda_graphs,
+        prefill_graphs=execution.prefill_graphs,
     )
     try:
         runner.warm_up()

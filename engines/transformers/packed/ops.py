@@ -7,6 +7,7 @@ which is sound because every call's inputs come from the call before it in the s
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from functools import cache
 from typing import Any
 
@@ -23,10 +24,13 @@ NO_LIMIT = (0.0, math.inf)
 _SCHEMAS = {
     "attention": "(Tensor query, Tensor key, Tensor value, Tensor? sinks, float scale, bool causal, int? window,"
     " float? soft_cap) -> Tensor",
+    "latent_attention": "(Tensor query, Tensor latent, Tensor rope, float scale) -> Tensor",
     "attention_begin": "(Tensor query, Tensor key, Tensor value, Tensor? sinks, float scale, bool causal, int? window,"
     " float? soft_cap) -> Tensor",
     "attention_end": "(Tensor begun, Tensor query, Tensor key, Tensor value) -> Tensor",
     "causal_conv": "(Tensor x, Tensor weight, Tensor? bias, str? activation) -> Tensor",
+    "stacked_conv": "(Tensor x, Tensor weight, Tensor? bias, int count) -> Tensor",
+    "delayed": "(Tensor x) -> Tensor",
     "mamba2": "(Tensor x, Tensor dt, Tensor A, Tensor B, Tensor C, Tensor? D, Tensor? dt_bias, bool dt_softplus,"
     " float dt_min, float dt_max, int chunk_size) -> Tensor",
     "mamba1": "(Tensor x, Tensor dt, Tensor A, Tensor B, Tensor C, Tensor? D, Tensor? z, Tensor? dt_bias,"
@@ -44,9 +48,12 @@ def operators() -> Any:
     library: Any = torch.library.Library(_NAMESPACE, "FRAGMENT")  # type: ignore[no-untyped-call]
     implementations: dict[str, tuple[Any, Any]] = {
         "attention": (_attention, _like_attention),
+        "latent_attention": (_latent_attention, _like_latent),
         "attention_begin": (_attention_begin, _like_begun),
         "attention_end": (_attention_end, _like_ended),
         "causal_conv": (_causal_conv, _like_first),
+        "stacked_conv": (_stacked_conv, _like_stacked),
+        "delayed": (_delayed, _like_first),
         "mamba2": (_mamba2, _like_first),
         "mamba1": (_mamba1, _like_first),
         "gated_delta": (_gated_delta, _like_value),
@@ -92,6 +99,15 @@ def _attention(
     return layer.impl.forward(query, layer.key, layer.value, context.step.prepared[layer.layer], call)
 
 
+def _latent_attention(query: torch.Tensor, latent: torch.Tensor, rope: torch.Tensor, scale: float) -> torch.Tensor:
+    """Write this step's latents, then attend over the pages: (T, Hq, R + P), (T, 1, R), (T, 1, P) to (T, Hq, R)."""
+    context = running()
+    layer = context.attention_layer()
+    write_kv(latent, rope, layer.key, layer.value, context.step.metadata[layer.group].slot_mapping)
+    call = AttentionCall(scale=scale)
+    return layer.impl.forward_latent(query, layer.key, layer.value, context.step.prepared[layer.layer], call)
+
+
 def _attention_begin(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *call: Any) -> torch.Tensor:
     """Attention on the stream aside, if the step has one, until :func:`_attention_end`."""
     context = running()
@@ -121,6 +137,33 @@ def _causal_conv(
     context = running()
     layer = context.state_layer("conv")
     return context.kernels.causal_conv(x, weight, bias, layer.conv[0], context.batch(layer), activation=activation)
+
+
+def _stacked_conv(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, count: int) -> torch.Tensor:
+    """(T, C) through a depthwise convolution, for each token and the ``count - 1`` before it, oldest first."""
+    context = running()
+    layer = context.state_layer("conv")
+    batch, state = context.batch(layer), layer.conv[0]
+    copied = replace(batch, slots=torch.where(batch.slots < 0, -1, _numbers(batch.slots)))
+    outputs = []
+    for back in range(count - 1, -1, -1):
+        taps = torch.nn.functional.pad(weight, (count - 1 - back, back))
+        # Only the last writes the pages; the others shift copies of the states, which are then dropped.
+        where = (state[batch.slots.clamp_min(0)], copied) if back else (state, batch)
+        outputs.append(context.kernels.causal_conv(x, taps, bias, *where))
+    return torch.stack(outputs)
+
+
+def _numbers(slots: torch.Tensor) -> torch.Tensor:
+    return torch.arange(slots.shape[0], dtype=slots.dtype, device=slots.device)
+
+
+def _delayed(x: torch.Tensor) -> torch.Tensor:
+    """(T, C) moved on by one token of its request; what comes before the first is the state."""
+    context = running()
+    layer = context.state_layer("recurrent")
+    weight = torch.eye(2, dtype=x.dtype, device=x.device)[0].expand(x.shape[1], 2)  # all of the token before
+    return context.kernels.causal_conv(x, weight, None, layer.recurrent[0].unsqueeze(-1), context.batch(layer))
 
 
 def _mamba2(
@@ -203,6 +246,10 @@ def _like_attention(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor,
     return query.new_empty(query.shape[0], query.shape[1], value.shape[2])
 
 
+def _like_latent(query: torch.Tensor, latent: torch.Tensor, *_: Any) -> torch.Tensor:
+    return query.new_empty(query.shape[0], query.shape[1], latent.shape[2])
+
+
 def _like_begun(query: torch.Tensor, *_: Any) -> torch.Tensor:
     return query.new_empty(0)
 
@@ -213,6 +260,10 @@ def _like_ended(_: torch.Tensor, query: torch.Tensor, key: torch.Tensor, value: 
 
 def _like_first(x: torch.Tensor, *_: Any) -> torch.Tensor:
     return x.new_empty(x.shape)
+
+
+def _like_stacked(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, count: int) -> torch.Tensor:
+    return x.new_empty(count, *x.shape)
 
 
 def _like_value(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *_: Any) -> torch.Tensor:

@@ -15,7 +15,9 @@ import torch
 
 from ....errors import UnsupportedModelError
 from ..families import Traits
+from ..records import Ready
 from .entry_points import ENTRY_POINTS
+from .mla import keep_latents
 
 _SWAP = threading.Lock()
 """Held while functions are exchanged, so that two engines cannot restore each other's."""
@@ -38,7 +40,7 @@ class Exchange:
             yield
             return
         with _SWAP:
-            stock = {name: getattr(self.module, name) for name in self.functions}
+            stock = {name: _found(self.module, name) for name in self.functions}
             self._set(self.functions)
             try:
                 yield
@@ -47,37 +49,46 @@ class Exchange:
 
     def _set(self, functions: Mapping[str, Callable[..., Any]]) -> None:
         for name, function in functions.items():
-            setattr(self.module, name, function)
+            owner, _, attribute = name.rpartition(".")
+            setattr(getattr(self.module, owner) if owner else self.module, attribute, function)
 
 
-def exchange_for(model: torch.nn.Module, traits: Traits) -> Exchange:
+def attends_latents(ready: Ready, traits: Traits) -> bool:
+    """Whether every attention layer reads stored latents as they are, so that the model need not expand them."""
+    return traits.expand_latents is not None and all(impl.attends_latents for impl in ready.attention.values())
+
+
+def exchange_for(model: torch.nn.Module, traits: Traits, *, latents: bool = False) -> Exchange:
     """What packed forwards of ``model`` exchange.
 
-    :raises UnsupportedModelError: for a family whose requests cannot be packed, or a transformers whose functions are
-        not there or take other arguments.
+    :param latents: whether attention reads stored latents, so that nothing expands them.
+    :raises UnsupportedModelError: for a transformers whose functions are not there or take other arguments.
     """
     module = sys.modules[type(model).__module__]
-    if traits.kernels is None:
-        raise UnsupportedModelError(
-            f"requests of {traits.model_type} cannot be packed: its state mixer has no kernel of makeready's",
-            option="packed_steps",
-            value=traits.model_type,
-            expected="a family with kernels for its mixers",
-        )
     functions = {name: ENTRY_POINTS[name] for name in traits.kernels}
+    if traits.expand_latents is not None and latents:
+        functions[traits.expand_latents] = keep_latents
     for name, ours in functions.items():
         _check_arguments(module, name, ours, traits)
     return Exchange(module, functions)
 
 
 def _check_arguments(module: ModuleType, name: str, ours: Callable[..., Any], traits: Traits) -> None:
-    theirs = getattr(module, name, None)
+    theirs = _found(module, name)
     if not callable(theirs):
         raise _moved(module, traits, f"has no function {name!r}", name)
-    known = {*_named(ours), *_HARMLESS}
+    known = {*_named(ours), *_HARMLESS, "self"}
     strange = [argument for argument in _named(theirs) if argument not in known]
     if strange:
         raise _moved(module, traits, f"gives {name!r} arguments {', '.join(strange)}", name)
+
+
+def _found(module: ModuleType, name: str) -> Any:
+    """A function of ``module``, or a method as ``Class.method``; None if there is none."""
+    found: Any = module
+    for part in name.split("."):
+        found = getattr(found, part, None)
+    return found
 
 
 def _named(function: Callable[..., Any]) -> list[str]:

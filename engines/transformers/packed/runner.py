@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from itertools import accumulate
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -16,18 +17,22 @@ from ..families import Traits
 from ..ledger import StateLedger
 from ..records import Ready
 from ..scheduler import Step
-from .attention import EXPANDED, register
+from .attention import EXPANDED, LATENTS, STORED, register
+from .buckets import TOKENS, decode_buckets, ragged_buckets
 from .building import StepBuilder
 from .cache import PackedCache
 from .choosing import likeliest
 from .context import ForwardContext, PackedStep, forward_of
 from .decode_inputs import DecodeInputs
 from .flight import Flight
-from .graphs import DecodeGraphs, buckets_up_to
+from .graphs import DecodeGraphs
 from .layers import DecoderLayers, LayerForward
-from .patching import exchange_for
+from .patching import attends_latents, exchange_for
+from .ragged_graphs import RaggedGraphs
+from .ragged_inputs import RaggedInputs
 from .rows import ON_DEVICE, Row, rows_of
 from .seats import Seats
+from .warming import dummy_steps
 
 if TYPE_CHECKING:
     from ....hybrid.mixers.interface import MixerKernels
@@ -43,6 +48,7 @@ class PackedRunner:
     :param run_layer: how a decoder layer is run; ``None`` for its own forward.
     :param limits: active while a forward runs.
     :param cuda_graphs: whether steps of decodes are captured and replayed.
+    :param prefill_graphs: whether steps with prefill are, too.
     :raises UnsupportedModelError: if the family's mixers are not where this transformers should have them.
     """
 
@@ -56,38 +62,68 @@ class PackedRunner:
         *,
         limits: Limits = nullcontext,
         cuda_graphs: bool = False,
+        prefill_graphs: bool = False,
     ) -> None:
         config, scheduler = model.config.get_text_config(decoder=True), ready.config.scheduler
         self._model, self._traits, self._kernels = model, traits, kernels
-        self._exchange, self._limits = exchange_for(model, traits), limits
+        self._attends_latents = attends_latents(ready, traits)
+        self._exchange, self._limits = exchange_for(model, traits, latents=self._attends_latents), limits
         self._binding = bind(ready, config.num_hidden_layers)
         self._device = model.device
         self._ledger = StateLedger()
         self._seats = Seats(scheduler.max_num_seqs, self._device)
+        self._dummies = tuple(
+            dummy_steps(
+                scheduler.max_num_batched_tokens,
+                ready.max_model_len,
+                scheduler.max_num_seqs,
+                captured=TOKENS[-1] if prefill_graphs else 0,
+            )
+        )
+        ragged = ragged_buckets(scheduler.max_num_seqs, scheduler.max_num_batched_tokens)
         self._builder = StepBuilder(
             self._binding,
-            max_num_seqs=scheduler.max_num_seqs,
-            max_num_batched_tokens=scheduler.max_num_batched_tokens,
+            max_rows=max(bucket.rows for bucket in ragged),
+            max_num_batched_tokens=max(scheduler.max_num_batched_tokens, ragged[-1].tokens, scheduler.max_num_seqs),
             max_model_len=ready.max_model_len,
             device=self._device,
         )
-        self._cache = _cache_for(self._binding, traits)
+        gathers = traits.expand_latents is not None and not self._attends_latents
+        self._cache = _cache_for(self._binding, gathers)
         self._layers = DecoderLayers(model, config.num_hidden_layers, run_layer)
         self._stock_attention = model.config._attn_implementation
         register()
         model.set_attn_implementation(PACKED_NAME)
+        self._decode_sizes = decode_buckets(scheduler.max_num_seqs)
         self._graphs: DecodeGraphs | None = None
+        self._ragged: RaggedGraphs | None = None
         self._aside: Any = None
+        groups = self._builder.state_groups
         if cuda_graphs:
             self._aside = torch.cuda.Stream()  # type: ignore[no-untyped-call]
-            inputs = DecodeInputs(self._seats, self._builder.state_groups, scheduler.max_num_seqs, self._device)
-            buckets = buckets_up_to(scheduler.max_num_seqs)
-            self._graphs = DecodeGraphs(self._builder, inputs, self._decode, buckets)
+            pool = torch.cuda.graph_pool_handle()
+            inputs = DecodeInputs(self._seats, groups, scheduler.max_num_seqs, self._device)
+            self._graphs = DecodeGraphs(self._builder, inputs, self._decode, self._decode_sizes, pool)
+            if prefill_graphs:
+                tokens = RaggedInputs(self._seats, groups, ragged, self._device)
+                self._ragged = RaggedGraphs(self._builder, tokens, self._prefill, ragged, pool)
 
     def warm_up(self) -> None:
-        """Compile and capture now what steps of decodes replay later; no page is touched."""
-        if self._graphs is not None:
-            self._graphs.capture()
+        """Compile and capture now what later steps run; no page is touched."""
+        if self._device.type == "cuda":
+            for lens, seq_lens in self._dummies:
+                self._run_dummy(lens, self._builder.dummy(lens, seq_lens))
+            for size in self._decode_sizes if self._graphs is None else ():
+                lens = (1,) * size
+                self._run_dummy(lens, self._builder.dummy(lens, lens, decode_only=True))
+        for graphs in (self._ragged, self._graphs):
+            if graphs is not None:
+                graphs.capture()
+
+    def _run_dummy(self, lens: Sequence[int], step: PackedStep) -> None:
+        nothing = torch.zeros(sum(lens), dtype=torch.int64, device=self._device)
+        ends = stage([end - 1 for end in accumulate(lens)], torch.int64, self._device)
+        likeliest(self._in_context(step, nothing, nothing, ends))
 
     def close(self) -> None:
         """Give the model its own attention and its layers back."""
@@ -117,6 +153,9 @@ class PackedRunner:
         seats = self._seats.of([row.request for row in rows])
         if self._graphs is not None and all(row.is_decode and row.samples for row in rows):
             return self._graphs.replay(rows, seats)
+        bucket = self._ragged.bucket(rows) if self._ragged is not None else None
+        if self._ragged is not None and bucket is not None:
+            return self._ragged.replay(bucket, rows, seats)
         sampled, ends = self._sampled(rows)
         ids, positions = self._input_ids(rows, seats), self._positions(rows)
         logits = self._in_context(self._builder.build(rows), ids, positions, ends)
@@ -128,6 +167,12 @@ class PackedRunner:
     def _decode(self, step: PackedStep, ids: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
         """Logits of every row of a step of decodes."""
         return self._in_context(step, ids, positions, 0, self._aside)
+
+    def _prefill(
+        self, step: PackedStep, ids: torch.Tensor, positions: torch.Tensor, ends: torch.Tensor
+    ) -> torch.Tensor:
+        """Logits of the tokens ``ends`` of a captured step with prefill."""
+        return self._in_context(step, ids, positions, ends, self._aside)
 
     def _in_context(
         self,
@@ -151,8 +196,8 @@ class PackedRunner:
             "use_cache": True,
             "logits_to_keep": keep,
         }
-        if self._traits.expands_latents:
-            inputs[EXPANDED] = True
+        if self._traits.expand_latents:
+            inputs[LATENTS] = STORED if self._attends_latents else EXPANDED
         if self._traits.takes_positions:
             inputs["position_ids"] = positions[None]
         logits: torch.Tensor = self._model(**inputs).logits
@@ -192,12 +237,12 @@ class PackedRunner:
             )
 
 
-def _cache_for(binding: Any, traits: Traits) -> PackedCache:
+def _cache_for(binding: Any, gathers: bool) -> PackedCache:
     states, attention = binding.states, binding.attention
     layers = range(binding.num_layers)
     return PackedCache(
         binding.num_layers,
         state_layers=frozenset(index for index in layers if index in states and index not in attention),
         empty_layers=frozenset(index for index in layers if index not in states and index not in attention),
-        mla=traits.expands_latents,
+        gathers=gathers,
     )

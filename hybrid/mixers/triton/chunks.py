@@ -38,7 +38,7 @@ def _make(batch: StateBatch, size: int, num_tokens: int) -> tuple[torch.Tensor, 
 
 
 def _on_device(batch: StateBatch, size: int, num_tokens: int) -> tuple[torch.Tensor, torch.Tensor]:
-    bound = num_tokens // size + min(batch.num_requests, num_tokens)
+    bound = num_tokens // size + min(batch.num_requests - batch.first_ragged, num_tokens // 2)
     lens = batch.query_start.diff()
     counts = torch.where(lens > 1, (lens + size - 1) // size, 0)
     firsts = torch.cat([counts.new_zeros(1), counts.cumsum(0)])

@@ -34,7 +34,7 @@ def delta(
     key_heads, size = k.shape[1:]
     out = torch.empty(v.shape, dtype=v.dtype, device=v.device)
     channels = g.dim() == 3
-    step, scan = tiles or (step_tile(width, size, state.element_size()), delta_tile(width, v.dtype))
+    step, scan = tiles or (step_tile(width, size, state.element_size(), warps=2), delta_tile(width, v.dtype))
     if not batch.num_requests:
         return out
     where = (batch.slots, batch.fresh, batch.query_start)
@@ -66,11 +66,13 @@ def delta(
         EXACT=inversion(v.dtype), **_PREPARE.options(v.device),
     )  # fmt: skip
     options = {"BLOCK_V": scan.rows, **scan.options(v.device)}
-    walks = (-(-width // scan.rows), heads, batch.num_requests)
+    ragged = batch.first_ragged
+    walks = (-(-width // scan.rows), heads, batch.num_requests - ragged)
+    longer = tuple(part[ragged:] for part in (*where, firsts))
     before = torch.empty(count, heads, size, width, dtype=v.dtype, device=v.device)
     written = torch.empty(v.shape, dtype=v.dtype, device=v.device)
     delta_states[walks](
-        k, v, beta, pairs[0], lines[0], lines[1:], state, before, written, *where, firsts, size, width, tokens,
+        k, v, beta, pairs[0], lines[0], lines[1:], state, before, written, *longer, size, width, tokens,
         *k.stride()[:2], *v.stride()[:2], beta.stride(0), *pairs.stride()[1:3], *state.stride(),
         *before.stride()[:3], *written.stride()[:2], **shared, **blocks, **options,
     )  # fmt: skip

@@ -8,7 +8,7 @@ import torch
 
 from ..batch import StateBatch
 from .chunks import chunk_table
-from .kernels.kda import kda_inverses, kda_outputs, kda_pairs, kda_states
+from .kernels.kda import kda_inverses, kda_outputs, kda_pairs, kda_sides, kda_states
 from .tiles import Tile, inversion, power_of_two, products
 
 _STRONGEST = {torch.float16: -8.0}
@@ -19,9 +19,10 @@ _STRONGEST_WIDE = -60.0
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class KdaTiles:
-    """Programs of the four kernels; ``chunk`` tokens are taken at once."""
+    """Programs of the five kernels; ``chunk`` tokens are taken at once."""
 
     chunk: int
+    sides: Tile
     pairs: Tile
     inverses: Tile
     states: Tile
@@ -35,12 +36,15 @@ def default_tiles(width: int, dtype: torch.dtype) -> KdaTiles:
     rows = power_of_two(width, 16)
     if dtype == torch.float32:
         tile = Tile(rows=min(32, rows))
-        return KdaTiles(chunk=16, pairs=Tile(rows=0), inverses=Tile(rows=0), states=tile, outputs=tile)
+        return KdaTiles(
+            chunk=16, sides=Tile(rows=0), pairs=Tile(rows=0), inverses=Tile(rows=0), states=tile, outputs=tile
+        )
     rows = min(64, rows)
     return KdaTiles(
         chunk=64,
+        sides=Tile(rows=0, warps=2, registers=168),
         pairs=Tile(rows=0, warps=2),
-        inverses=Tile(rows=0, warps=4),
+        inverses=Tile(rows=0, warps=2),
         states=Tile(rows=rows, warps=4, stages=2),
         outputs=Tile(rows=rows, warps=4),
     )
@@ -68,30 +72,38 @@ def kda_prefill(
     chunks, firsts = chunk_table(batch, length, tokens)
     count = chunks.shape[0]
     sides = v.new_empty(3, tokens, heads, size)
+    near, left, asked = sides
+    fed = out if width == size else v.new_empty(tokens, heads, size)  # used up before outputs are written
     alikes = torch.empty(tokens, heads, length, dtype=torch.float32, device=v.device)
     pairs = v.new_empty(2, tokens, heads, length)
-    ends = torch.empty(count, heads, size, dtype=torch.float32, device=v.device)
+    inverses, weights = pairs
+    sums, ends = (
+        torch.empty(rows, heads, size, dtype=torch.float32, device=v.device) for rows in (count * length // 16, count)
+    )
     before = v.new_empty(count, heads, size, width)
     written = v.new_empty(tokens, heads, width)
     blocks = {"BLOCK_K": power_of_two(size, 16), "BLOCK_L": length, **products(v.dtype)}
+    shapes = (*sides.stride()[1:3], *ends.stride()[:2], *alikes.stride()[:2], *pairs.stride()[1:3])
+    kda_sides[(length // 16, heads, count)](
+        q, k, g, beta, near, asked, fed, sums, alikes, weights, chunks,
+        size, scale, _STRONGEST.get(v.dtype, _STRONGEST_WIDE),
+        *q.stride()[:2], *k.stride()[:2], *g.stride()[:2], beta.stride(0), *shapes,
+        HEADS_PER_KEY=heads // key_heads, NORMALISE=l2norm, **blocks, **tiles.sides.options(v.device),
+    )  # fmt: skip
     kda_pairs[(length // 16, heads, count)](
-        q, k, g, beta, *sides, ends, alikes, pairs[1], chunks, size, scale, _STRONGEST.get(v.dtype, _STRONGEST_WIDE),
-        *q.stride()[:2], *k.stride()[:2], *g.stride()[:2], beta.stride(0),
-        *sides.stride()[1:3], *ends.stride()[:2], *alikes.stride()[:2], *pairs.stride()[1:3],
-        HEADS_PER_KEY=heads // key_heads, NORMALISE=l2norm, **blocks, **tiles.pairs.options(v.device),
+        near, asked, fed, left, sums, ends, beta, alikes, weights, chunks, size, beta.stride(0), *shapes,
+        **blocks, **tiles.pairs.options(v.device),
     )  # fmt: skip
     kda_inverses[(count, heads)](
-        alikes, pairs[0], chunks, *alikes.stride()[:2], *pairs.stride()[1:3], BLOCK_L=length,
+        alikes, inverses, chunks, *alikes.stride()[:2], *pairs.stride()[1:3], BLOCK_L=length,
         EXACT=inversion(v.dtype), **tiles.inverses.options(v.device),
     )  # fmt: skip
-    reached, left, asked = sides
-    inverses, weights = pairs
-    tile = tiles.states
-    kda_states[(-(-width // tile.rows), heads, batch.num_requests)](
-        v, beta, reached, left, ends, inverses, state, before, written, batch.slots, batch.fresh, batch.query_start,
-        firsts, size, width, *v.stride()[:2], beta.stride(0),
-        *sides.stride()[1:3], *ends.stride()[:2], *pairs.stride()[1:3], *state.stride(), *before.stride()[:3],
-        *written.stride()[:2], **blocks, BLOCK_V=tile.rows, **tile.options(v.device),
+    tile, ragged = tiles.states, batch.first_ragged
+    longer = tuple(part[ragged:] for part in (batch.slots, batch.fresh, batch.query_start, firsts))
+    kda_states[(-(-width // tile.rows), heads, batch.num_requests - ragged)](
+        v, beta, near, left, ends, inverses, state, before, written, *longer, size, width,
+        *v.stride()[:2], beta.stride(0), *sides.stride()[1:3], *ends.stride()[:2], *pairs.stride()[1:3],
+        *state.stride(), *before.stride()[:3], *written.stride()[:2], **blocks, BLOCK_V=tile.rows, **tile.options(v.device),
     )  # fmt: skip
     tile = tiles.outputs
     kda_outputs[(-(-width // tile.rows), heads, count)](

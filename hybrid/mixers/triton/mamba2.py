@@ -105,9 +105,10 @@ def mamba2(
         *B.stride()[:2], *C.stride()[:2], *pairs.stride()[:2],
         BLOCK_N=tiles.inner, BLOCK_L=length, **products(x.dtype), num_warps=8 if length > 64 else 4,
     )  # fmt: skip
-    tile = tiles.states
-    mamba2_states[(-(-width // tile.rows) * -(-size // tile.tokens), heads, batch.num_requests)](
-        x, B, steps, totals, state, before, *where, firsts, width, size, tokens,
+    tile, ragged = tiles.states, batch.first_ragged
+    longer = tuple(part[ragged:] for part in (*where, firsts))
+    mamba2_states[(-(-width // tile.rows) * -(-size // tile.tokens), heads, batch.num_requests - ragged)](
+        x, B, steps, totals, state, before, *longer, width, size, tokens,
         *x.stride()[:2], *B.stride()[:2], *state.stride(), *before.stride()[:3], **shared,
         BLOCK_P=tile.rows, BLOCK_N=tile.tokens, BLOCK_L=length, **products(x.dtype),
         **tile.options(x.device),

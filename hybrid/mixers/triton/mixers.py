@@ -15,6 +15,7 @@ class TritonMixers(MixerKernels):
 
     name = "triton"
     capturable = True
+    captures_ragged = True
 
     def causal_conv(
         self,

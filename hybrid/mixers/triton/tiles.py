@@ -49,14 +49,14 @@ def products(dtype: torch.dtype) -> dict[str, Any]:
 
 
 def inversion(dtype: torch.dtype) -> str:
-    """Precision of the float32 products that invert a chunk's matrix, for tokens of ``dtype``."""
-    return "ieee" if dtype == torch.float32 else "tf32x3"
+    """Precision of the float32 products that invert a chunk's matrix, which is then rounded to ``dtype``."""
+    return "ieee" if dtype == torch.float32 else "tf32"
 
 
-def step_tile(width: int, size: int, element_bytes: int) -> Tile:
+def step_tile(width: int, size: int, element_bytes: int, warps: int = 4) -> Tile:
     """A decode moves its state once: enough bytes a program to hide the latency, few enough registers for several."""
     rows = 16384 // (power_of_two(size) * element_bytes)
-    return Tile(rows=max(1, min(rows, power_of_two(width))), warps=4)
+    return Tile(rows=max(1, min(rows, power_of_two(width))), warps=warps)
 
 
 def delta_tile(width: int, dtype: torch.dtype) -> Tile:

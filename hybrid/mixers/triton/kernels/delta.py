@@ -19,18 +19,30 @@ def inverse_length(x):
 
 
 @triton.jit
-def unit_lower_inverse(a, SIZE: tl.constexpr, PRECISION: tl.constexpr):
-    """(I + a)^-1 of a strictly lower triangular a: blocks of 16 by substitution, then merged two by two."""
-    BLOCKS: tl.constexpr = SIZE // 16
-    own = (tl.arange(0, BLOCKS)[:, None] == tl.arange(0, BLOCKS)[None, :])[:, None, :, None]
-    diagonal = tl.sum(tl.where(own, tl.reshape(a, (BLOCKS, 16, BLOCKS, 16)), 0.0), 2)  # (BLOCKS, 16, 16)
+def merged(x, a, SIZE: tl.constexpr, PRECISION: tl.constexpr):
+    """Inverses (B, 16, 16) of twice the size from those of the SIZE x SIZE blocks on the diagonal."""
     r = tl.arange(0, 16)[None, :, None]
     c = tl.arange(0, 16)[None, None, :]
-    x = tl.where(r == c, 1.0, tl.zeros((BLOCKS, 16, 16), tl.float32))
-    for i in range(15):
-        column = tl.sum(tl.where(c == i, diagonal, 0.0), 2)
-        row = tl.sum(tl.where(r == i, x, 0.0), 1)
-        x -= tl.where(r > i, column[:, :, None] * row[:, None, :], 0.0)
+    below = tl.where((r // (2 * SIZE) == c // (2 * SIZE)) & (r // SIZE > c // SIZE), a, 0.0)
+    return x - tl.dot(tl.dot(x, below, input_precision=PRECISION), x, input_precision=PRECISION)
+
+
+@triton.jit
+def small_inverses(a, PRECISION: tl.constexpr):
+    """(I + a)^-1 of each strictly lower triangular a of (B, 16, 16): single rows, then blocks merged two by two."""
+    r = tl.arange(0, 16)[None, :, None]
+    c = tl.arange(0, 16)[None, None, :]
+    x = tl.where(r == c, 1.0, tl.where((r // 2 == c // 2) & (r > c), -a, 0.0))
+    x = merged(x, a, 2, PRECISION)
+    x = merged(x, a, 4, PRECISION)
+    return merged(x, a, 8, PRECISION)
+
+
+@triton.jit
+def whole_inverse(x, a, SIZE: tl.constexpr, PRECISION: tl.constexpr):
+    """(I + a)^-1 of a strictly lower triangular a, from the inverses (SIZE / 16, 16, 16) on its diagonal."""
+    BLOCKS: tl.constexpr = SIZE // 16
+    own = (tl.arange(0, BLOCKS)[:, None] == tl.arange(0, BLOCKS)[None, :])[:, None, :, None]
     x = tl.reshape(tl.where(own, x[:, :, None, :], 0.0), (SIZE, SIZE))
     r = tl.arange(0, SIZE)[:, None]
     c = tl.arange(0, SIZE)[None, :]
@@ -41,6 +53,15 @@ def unit_lower_inverse(a, SIZE: tl.constexpr, PRECISION: tl.constexpr):
         below = tl.where((r // 64 == c // 64) & (r // 32 > c // 32), a, 0.0)
         x -= tl.dot(tl.dot(x, below, input_precision=PRECISION), x, input_precision=PRECISION)
     return x
+
+
+@triton.jit
+def unit_lower_inverse(a, SIZE: tl.constexpr, PRECISION: tl.constexpr):
+    """(I + a)^-1 of a strictly lower triangular a."""
+    BLOCKS: tl.constexpr = SIZE // 16
+    own = (tl.arange(0, BLOCKS)[:, None] == tl.arange(0, BLOCKS)[None, :])[:, None, :, None]
+    diagonal = tl.sum(tl.where(own, tl.reshape(a, (BLOCKS, 16, BLOCKS, 16)), 0.0), 2)  # (BLOCKS, 16, 16)
+    return whole_inverse(small_inverses(diagonal, PRECISION), a, SIZE, PRECISION)
 
 
 @triton.jit
@@ -96,7 +117,7 @@ def delta_step(
     tl.store(target, y.to(out.dtype.element_ty), mask=columns)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_tokens"])
 def delta_prepare(
     q, k, g, beta, inverses, weights, totals, lengths, chunks,
     key_size, num_tokens, scale,
@@ -141,7 +162,7 @@ def delta_prepare(
     tl.store(inverses + pairs, inverse.to(inverses.dtype.element_ty), mask=valid[:, None])
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_tokens"])
 def delta_states(
     k, v, beta, inverses, totals, lengths, state, before, written, slots, fresh, query_start, firsts,
     key_size, width, num_tokens,
@@ -206,7 +227,7 @@ def delta_states(
     tl.store(state + page, s.to(state.dtype.element_ty), mask=inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_tokens"])
 def delta_outputs(
     q, weights, totals, lengths, before, written, out, slots, fresh, chunks,
     key_size, width, num_tokens,

@@ -1,8 +1,9 @@
 """Kimi delta attention for requests of several tokens: a delta rule with a decay per key channel, in chunks.
 
-With G the log decays of a channel summed in a chunk, ``kda_pairs`` makes for all chunks at once k exp(G), what is left
-of k at the chunk's end, q exp(G), and the products of pairs of tokens, and ``kda_inverses`` solves for what they write;
-``kda_states`` walks each request with its state in registers; ``kda_outputs`` does the rest for all chunks at once.
+With G the log decays of a channel summed in a chunk, ``kda_sides`` and ``kda_pairs`` make for all chunks at once
+k exp(G), what is left of k at the chunk's end, q exp(G), and the products of pairs of tokens, and ``kda_inverses``
+solves for what they write; ``kda_states`` walks each request with its state in registers; ``kda_outputs`` does the
+rest for all chunks at once.
 
 Products of tokens are those of k exp(G - R) and k exp(R - G), one reference R per 16 tokens: the sum before them, so
 that no exponent is positive, and for pairs among them the sum at their middle. Where the decays of 16 tokens are so
@@ -12,7 +13,7 @@ strong that this could overflow, those pairs are compared one by one.
 import triton
 import triton.language as tl
 
-from .delta import inverse_length, unit_lower_inverse
+from .delta import inverse_length, small_inverses, whole_inverse
 from .numerics import chunk_at
 
 
@@ -51,15 +52,16 @@ def pair_by_pair(keys, queries, sums, k, g, count, key_size, k_t, g_t, NORMALISE
 
 
 @triton.jit
-def kda_pairs(
-    q, k, g, beta, reached, left, asked, ends, alikes, weights, chunks,
+def kda_sides(
+    q, k, g, beta, near, asked, fed, sums, alikes, weights, chunks,
     key_size, scale, limit,
-    q_t, q_h, k_t, k_h, g_t, g_h, beta_t, side_t, side_h, end_c, end_h, alike_t, alike_h, pair_t, pair_h,
+    q_t, q_h, k_t, k_h, g_t, g_h, beta_t, side_t, side_h, sum_b, sum_h, alike_t, alike_h, pair_t, pair_h,
     HEADS_PER_KEY: tl.constexpr, NORMALISE: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_L: tl.constexpr,
     OPERAND: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """16 tokens of a chunk and one value head: their sides, and their products with all tokens up to them."""
-    first = tl.program_id(0) * 16
+    """16 tokens of a chunk and one value head: k and q decayed from their first, k to their last; their own pairs."""
+    block = tl.program_id(0)
+    first = block * 16
     head = tl.program_id(1)
     chunk = tl.program_id(2)
     _, _, start, length = chunk_at(chunks, chunk)
@@ -80,53 +82,89 @@ def kda_pairs(
         keys *= inverse_length(keys)[:, None]
     queries *= scale
     decays = rows_of(g, first, length, g_t, key_size, BLOCK_K)
-    sums = tl.cumsum(decays, 0)
+    total = tl.cumsum(decays, 0)
     whole = tl.sum(decays, 0)
     amount = tl.load(beta + (start + own) * beta_t + head, mask=valid, other=0.0).to(tl.float32)
-    alikes += start * alike_t + head * alike_h + own[:, None] * alike_t + r[None, :]
-    weights += start * pair_t + head * pair_h + own[:, None] * pair_t + r[None, :]
     if tl.min(whole, 0) > limit:
         middle = tl.sum(tl.where((r < 8)[:, None], decays, 0.0), 0)[None, :]
-        reach = tl.exp(sums - middle)
-        across = tl.trans((keys * tl.exp(middle - sums)).to(OPERAND))
+        reach = tl.exp(total - middle)
+        across = tl.trans((keys * tl.exp(middle - total)).to(OPERAND))
         alike = tl.dot((keys * reach).to(OPERAND), across, input_precision=PRECISION)
         seen = tl.dot((queries * reach).to(OPERAND), across, input_precision=PRECISION)
     else:
         alike, seen = pair_by_pair(
-            keys, queries, sums, k + first * k_t, g + first * g_t, tl.minimum(length - first, 16), key_size, k_t, g_t,
+            keys, queries, total, k + first * k_t, g + first * g_t, tl.minimum(length - first, 16), key_size, k_t, g_t,
             NORMALISE, BLOCK_K,
         )  # fmt: skip
     seen = tl.where(r[:, None] >= r[None, :], seen, 0.0)
-    tl.store(alikes + first, alike * amount[:, None], mask=valid[:, None])
-    tl.store(weights + first, seen.to(weights.dtype.element_ty), mask=valid[:, None])
-    near = (keys * tl.exp(sums)).to(OPERAND)
-    near_queries = (queries * tl.exp(sums)).to(OPERAND)
+    alikes += start * alike_t + head * alike_h + own[:, None] * alike_t + first + r[None, :]
+    weights += start * pair_t + head * pair_h + own[:, None] * pair_t + first + r[None, :]
+    tl.store(alikes, alike * amount[:, None], mask=valid[:, None])
+    tl.store(weights, seen.to(weights.dtype.element_ty), mask=valid[:, None])
+    side = start * side_t + head * side_h + own[:, None] * side_t + i[None, :]
+    inside = valid[:, None] & (i < key_size)[None, :]
+    reach = tl.exp(total)
+    tl.store(near + side, (keys * reach).to(near.dtype.element_ty), mask=inside)
+    tl.store(asked + side, (queries * reach).to(asked.dtype.element_ty), mask=inside)
+    tl.store(fed + side, (keys * tl.exp(whole[None, :] - total)).to(fed.dtype.element_ty), mask=inside)
+    place = (chunk * (BLOCK_L // 16) + block).to(tl.int64) * sum_b + head * sum_h + i
+    tl.store(sums + place, whole, mask=i < key_size)
+
+
+@triton.jit
+def kda_pairs(
+    near, asked, fed, left, sums, ends, beta, alikes, weights, chunks,
+    key_size, beta_t, side_t, side_h, sum_b, sum_h, alike_t, alike_h, pair_t, pair_h,
+    BLOCK_K: tl.constexpr, BLOCK_L: tl.constexpr, OPERAND: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """16 tokens of a chunk and one value head: their products with the chunk's earlier ones.
+
+    Then their sides are decayed from the chunk's first token (``near`` and ``asked``, in place) and to its last
+    (``left``).
+    """
+    first = tl.program_id(0) * 16
+    head = tl.program_id(1)
+    chunk = tl.program_id(2)
+    _, _, start, length = chunk_at(chunks, chunk)
+    length = tl.minimum(length, BLOCK_L)
+    if first >= length:
+        return
+    r = tl.arange(0, 16)
+    i = tl.arange(0, BLOCK_K)
+    own = first + r
+    valid = own < length
+    rows = i < key_size
+    inside = valid[:, None] & rows[None, :]
+    side = start * side_t + head * side_h
+    place = side + own[:, None] * side_t + i[None, :]
+    keys = tl.load(near + place, mask=inside, other=0.0)
+    queries = tl.load(asked + place, mask=inside, other=0.0)
+    amount = tl.load(beta + (start + own) * beta_t + head, mask=valid, other=0.0).to(tl.float32)
+    alikes += start * alike_t + head * alike_h + own[:, None] * alike_t + r[None, :]
+    weights += start * pair_t + head * pair_h + own[:, None] * pair_t + r[None, :]
+    sums += (chunk * (BLOCK_L // 16)).to(tl.int64) * sum_b + head * sum_h + i
     before = tl.zeros((BLOCK_K,), tl.float32)
     for back in range(16, first + 16, 16):
         other = first - back
-        given = rows_of(k, other, length, k_t, key_size, BLOCK_K)
-        if NORMALISE:
-            given *= inverse_length(given)[:, None]
-        theirs = rows_of(g, other, length, g_t, key_size, BLOCK_K)
-        all_theirs = tl.sum(theirs, 0)
-        given *= tl.exp((before + all_theirs)[None, :] - tl.cumsum(theirs, 0))
-        across = tl.trans(given.to(OPERAND))
-        alike = tl.dot(near, across, input_precision=PRECISION) * amount[:, None]
-        seen = tl.dot(near_queries, across, input_precision=PRECISION)
+        given = tl.load(fed + side + (other + r)[:, None] * side_t + i[None, :], mask=rows[None, :], other=0.0)
+        across = tl.trans((given.to(tl.float32) * tl.exp(before)[None, :]).to(OPERAND))
+        alike = tl.dot(keys.to(OPERAND), across, input_precision=PRECISION) * amount[:, None]
+        seen = tl.dot(queries.to(OPERAND), across, input_precision=PRECISION)
         tl.store(alikes + other, alike, mask=valid[:, None])
         tl.store(weights + other, seen.to(weights.dtype.element_ty), mask=valid[:, None])
-        before += all_theirs
-    after = whole
+        before += tl.load(sums + other // 16 * sum_b, mask=rows, other=0.0)
+    after = tl.zeros((BLOCK_K,), tl.float32)
     for other in range(first + 16, length, 16):
-        after += tl.sum(rows_of(g, other, length, g_t, key_size, BLOCK_K), 0)
-    side = start * side_t + head * side_h + own[:, None] * side_t + i[None, :]
-    inside = valid[:, None] & (i < key_size)[None, :]
-    reach = tl.exp(before[None, :] + sums)
-    tl.store(reached + side, (keys * reach).to(reached.dtype.element_ty), mask=inside)
-    tl.store(asked + side, (queries * reach).to(asked.dtype.element_ty), mask=inside)
-    tl.store(left + side, (keys * tl.exp(after[None, :] - sums)).to(left.dtype.element_ty), mask=inside)
-    if first == 0:
-        tl.store(ends + chunk.to(tl.int64) * end_c + head * end_h + i, tl.exp(after), mask=i < key_size)
+        after += tl.load(sums + other // 16 * sum_b, mask=rows, other=0.0)
+    given = tl.load(fed + place, mask=inside, other=0.0).to(tl.float32) * tl.exp(after)[None, :]
+    tl.store(left + place, given.to(left.dtype.element_ty), mask=inside)
+    if first > 0:
+        reach = tl.exp(before)[None, :]
+        tl.store(near + place, (keys.to(tl.float32) * reach).to(near.dtype.element_ty), mask=inside)
+        tl.store(asked + place, (queries.to(tl.float32) * reach).to(asked.dtype.element_ty), mask=inside)
+    else:
+        whole = after + tl.load(sums, mask=rows, other=0.0)
+        tl.store(ends + chunk.to(tl.int64) * sum_b + head * sum_h + i, tl.exp(whole), mask=rows)
 
 
 @triton.jit
@@ -138,11 +176,18 @@ def kda_inverses(
     if length <= 0:
         return
     head = tl.program_id(1)
+    alikes += start * alike_t + head * alike_h
+    block = tl.arange(0, BLOCK_L // 16)[:, None, None] * 16
+    r = tl.arange(0, 16)[None, :, None]
+    c = tl.arange(0, 16)[None, None, :]
+    near = tl.load(
+        alikes + (block + r) * alike_t + block + c, mask=(block + r < length) & (r > c), other=0.0
+    )  # 16 tokens and the ones before among them
+    x = small_inverses(near, EXACT)
     t = tl.arange(0, BLOCK_L)[:, None]
     j = tl.arange(0, BLOCK_L)[None, :]
-    alikes += start * alike_t + head * alike_h
-    alike = tl.load(alikes + t * alike_t + j, mask=(t < length) & (t > j), other=0.0)
-    inverse = unit_lower_inverse(alike, BLOCK_L, EXACT)
+    far = tl.load(alikes + t * alike_t + j, mask=(t < length) & (t // 16 > j // 16), other=0.0)
+    inverse = whole_inverse(x, far, BLOCK_L, EXACT)
     inverses += start * pair_t + head * pair_h
     tl.store(inverses + t * pair_t + j, inverse.to(inverses.dtype.element_ty), mask=t < length)
 

@@ -66,7 +66,7 @@ def mamba2_step(
     tl.store(target, y.to(out.dtype.element_ty), mask=rows)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["tokens"])
 def mamba2_decays(
     dt, A, dt_bias, steps, totals, chunks,
     heads, tokens, low, high, dt_t,
@@ -117,7 +117,7 @@ def mamba2_pairs(
     tl.store(pairs + i[:, None] * pair_t + i[None, :], product.to(pairs.dtype.element_ty), mask=valid[:, None])
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_tokens"])
 def mamba2_states(
     x, B, steps, totals, state, before, slots, fresh, query_start, firsts,
     width, size, num_tokens,
@@ -168,7 +168,7 @@ def mamba2_states(
     tl.store(state + page, s.to(state.dtype.element_ty), mask=inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_tokens"])
 def mamba2_outputs(
     x, C, D, z, steps, totals, pairs, before, out, slots, fresh, chunks,
     width, size, num_tokens,

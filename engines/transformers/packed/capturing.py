@@ -1,0 +1,35 @@
+"""One CUDA graph of a step, from its tokens to the next ones."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+Run = Callable[[], tuple[torch.Tensor, torch.Tensor]]
+"""A step on persistent tensors: logits (S, V) and tokens (S,)."""
+
+
+@dataclass(frozen=True, slots=True)
+class Captured:
+    """A graph, and what every replay of it overwrites."""
+
+    graph: torch.cuda.CUDAGraph
+    logits: torch.Tensor
+    tokens: torch.Tensor
+
+
+def capture(run: Run, pool: Any, warm_ups: int) -> Captured:
+    """Run ``run`` and then record it; all of its rows must be padding, so that no request is touched.
+
+    :param pool: memory of graphs that are never replayed at the same time.
+    :param warm_ups: runs before, which compile and load what a capture may not.
+    """
+    for _ in range(warm_ups):  # on this stream: on a new one, cuBLAS would take another 32 MiB to work in
+        run()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, pool=pool):
+        logits, tokens = run()
+    return Captured(graph, logits, tokens)
