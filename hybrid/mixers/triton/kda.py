@@ -103,7 +103,8 @@ def kda_prefill(
     kda_states[(-(-width // tile.rows), heads, batch.num_requests - ragged)](
         v, beta, near, left, ends, inverses, state, before, written, *longer, size, width,
         *v.stride()[:2], beta.stride(0), *sides.stride()[1:3], *ends.stride()[:2], *pairs.stride()[1:3],
-        *state.stride(), *before.stride()[:3], *written.stride()[:2], **blocks, BLOCK_V=tile.rows, **tile.options(v.device),
+        *state.stride(), *before.stride()[:3], *written.stride()[:2], **blocks,
+        BLOCK_V=tile.rows, **tile.options(v.device),
     )  # fmt: skip
     tile = tiles.outputs
     kda_outputs[(-(-width // tile.rows), heads, count)](
