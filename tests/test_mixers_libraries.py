@@ -7,7 +7,7 @@ import os
 import pytest
 import torch
 
-from fla_interpreted import make_autotuners_work, make_loops_work
+from library_autotuners import make_autotuners_work, make_loops_work, take_first_configurations
 from makeready.attention_backends.interface import Probe
 from makeready.config import AttentionConfig
 from makeready.device import DeviceFacts
@@ -177,6 +177,7 @@ def library(request):
     backend = LIBRARIES[request.param]()
     if not all(backend._found(wanted.module) for wanted in backend.functions.values()):
         pytest.skip(f"{backend.title} is not installed")
+    take_first_configurations()
     if DEVICE == "cpu":
         make_autotuners_work()
     probe = backend.probe(CUDA)
