@@ -100,7 +100,6 @@ def check_captured_prefill(family: str, tokens: int) -> None:
     check(family, max_num_batched_tokens=tokens, **options, **modes(False, True, True))
 
 
-<<<<<<< HEAD
 @pytest.mark.parametrize("tokens", [9, 64])
 @pytest.mark.parametrize("family", ["falcon_h1", "nemotron_h", "qwen3_next", "kimi_linear", "zaya"])
 def test_captured_prefill(family, tokens):
@@ -110,7 +109,8 @@ def test_captured_prefill(family, tokens):
 @pytest.mark.parametrize("family", sorted(ALL))
 def test_every_family_is_captured(family):
     check_captured_prefill(family, 40)
-=======
+
+
 def test_prefills_by_a_library_beside_captured_decodes():
     """In bfloat16 two sets of kernels differ by rounding, after which greedy tokens may part."""
     pytest.importorskip("fla", reason="flash-linear-attention is not installed")
@@ -132,4 +132,3 @@ def test_prefills_by_a_library_beside_captured_decodes():
 
 def _dense(ready):
     return dict.fromkeys(ready.attention, DenseAttention())
->>>>>>> f005fc7d92766ed6d18cd2e81d07b01fac2cb50d
