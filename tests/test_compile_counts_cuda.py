@@ -24,7 +24,7 @@ class Compilations:
         from triton.runtime.jit import JITFunction
 
         for found in gc.get_objects():
-            if isinstance(found, JITFunction):
+            if type(found) is JITFunction:  # isinstance would ask what weak proxies stood for
                 found.device_caches.clear()  # another test of this process may have compiled it
         self.kernels: list[str] = []
         compile_one = JITFunction._do_compile
