@@ -43,6 +43,7 @@ class CausalConv1dMixers(TritonMixers):
     """
 
     name = "causal-conv1d"
+    captures_ragged = False
 
     def __init__(self, convolve: Callable[..., Any]) -> None:
         self._convolve = convolve

@@ -22,6 +22,7 @@ class FlaMixers(TritonMixers):
     """
 
     name = "fla"
+    captures_ragged = False
 
     def __init__(self, functions: Mapping[str, Callable[..., Any]]) -> None:
         self._functions = functions

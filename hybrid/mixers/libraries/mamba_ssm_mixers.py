@@ -40,6 +40,7 @@ class MambaSsmMixers(TritonMixers):
     """
 
     name = "mamba-ssm"
+    captures_ragged = False
 
     def __init__(self, scan: Callable[..., Any]) -> None:
         self._scan = scan
