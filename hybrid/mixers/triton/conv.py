@@ -10,7 +10,7 @@ from .chunks import chunk_table
 from .kernels.conv import conv_chunk, conv_chunk_wide, conv_step
 from .tiles import Tile, power_of_two
 
-_TILES = Tile(rows=256, tokens=64, warps=1), Tile(rows=128, tokens=16, warps=1)
+_TILES = Tile(rows=128, tokens=32, warps=1), Tile(rows=128, tokens=16, warps=1)
 """Channels (``rows``) and tokens of a program for many tokens and for few; how they are cut changes no bit."""
 _MANY = 8192
 """Tokens in a step that are many."""

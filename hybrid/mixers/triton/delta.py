@@ -13,6 +13,8 @@ from .tiles import Tile, delta_tile, inversion, power_of_two, products, step_til
 
 _PREPARE = Tile(rows=0, warps=4, registers=168)
 """How a chunk is prepared."""
+_OUTPUTS = Tile(rows=64, warps=4)
+"""How its outputs are computed: ``rows`` of V."""
 
 
 def delta(
@@ -76,9 +78,10 @@ def delta(
         *k.stride()[:2], *v.stride()[:2], beta.stride(0), *pairs.stride()[1:3], *state.stride(),
         *before.stride()[:3], *written.stride()[:2], **shared, **blocks, **options,
     )  # fmt: skip
-    delta_outputs[(-(-width // scan.rows), heads, count)](
+    rows = min(_OUTPUTS.rows, power_of_two(width, 16))
+    delta_outputs[(-(-width // rows), heads, count)](
         q, pairs[1], lines[0], lines[1:], before, written, out, batch.slots, batch.fresh, chunks,
         size, width, tokens, *q.stride()[:2], *pairs.stride()[1:3], *before.stride()[:3], *written.stride()[:2],
-        *out.stride()[:2], **shared, **blocks, BLOCK_V=scan.rows, num_warps=4,
+        *out.stride()[:2], **shared, **blocks, BLOCK_V=rows, **_OUTPUTS.options(v.device),
     )  # fmt: skip
     return out

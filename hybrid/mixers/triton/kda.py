@@ -39,14 +39,13 @@ def default_tiles(width: int, dtype: torch.dtype) -> KdaTiles:
         return KdaTiles(
             chunk=16, sides=Tile(rows=0), pairs=Tile(rows=0), inverses=Tile(rows=0), states=tile, outputs=tile
         )
-    rows = min(64, rows)
     return KdaTiles(
         chunk=64,
         sides=Tile(rows=0, warps=2, registers=168),
-        pairs=Tile(rows=0, warps=2),
+        pairs=Tile(rows=0, warps=1),
         inverses=Tile(rows=0, warps=2),
-        states=Tile(rows=rows, warps=4, stages=2),
-        outputs=Tile(rows=rows, warps=4),
+        states=Tile(rows=min(64, rows), warps=4, stages=2),
+        outputs=Tile(rows=min(128, rows), warps=4),
     )
 
 
