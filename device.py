@@ -61,7 +61,7 @@ def parse_bytes(text: str | int, *, option: str = "memory") -> int:
         value = text
     else:
         match = re.fullmatch(r"\s*(\d+(?:\.\d+)?(?:[eE]\d+)?)\s*([A-Za-z]*)\s*", str(text))
-        if match is None or match.group(2).upper() not in _UNITS or math.isinf(float(match.group(1))):
+        if match is None or math.isinf(size := _size(*match.groups())):
             raise ConfigError(
                 f"{option} {text!r} is not a size; write a number with a unit, such as 80GiB or 512MB",
                 option=option,
@@ -69,7 +69,7 @@ def parse_bytes(text: str | int, *, option: str = "memory") -> int:
                 expected="a number with B, KiB, MiB, GiB, TiB, KB, MB, GB or TB",
             )
         number, unit = match.groups()
-        value = int(float(number) * _UNITS[unit.upper()])
+        value = int(size)
         if not unit and 0 < value < LEAST_BARE_BYTES:
             meant = f"{number}GiB" if value < 4096 else f"{number}KiB"
             raise ConfigError(
@@ -81,6 +81,11 @@ def parse_bytes(text: str | int, *, option: str = "memory") -> int:
     if value <= 0:
         raise ConfigError(f"{option} {text!r} must be larger than zero", option=option, value=text, expected="> 0")
     return value
+
+
+def _size(number: str, unit: str) -> float:
+    """Bytes; without end for what no size is."""
+    return float(number) * _UNITS.get(unit.upper(), math.inf)
 
 
 def format_bytes(count: int) -> str:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Any
 
 from ..cache.specs import AttentionSpec
@@ -227,6 +227,21 @@ class AttentionCall:
                     option=name,
                     value=value,
                     expected="backend flex",
+                )
+
+    def refuse_beyond_scale(self, backend: str) -> None:
+        """For kernels of causal attention that know a scale and nothing else.
+
+        :raises BackendError: for the first number that would change attention in another way.
+        """
+        for known in fields(self):
+            value = getattr(self, known.name)
+            if known.name != "scale" and value is not known.default and value != known.default:
+                raise BackendError(
+                    f"{backend} attends causally with a scale and nothing else, and the call has {known.name}",
+                    option=known.name,
+                    value=value,
+                    expected=known.default,
                 )
 
 

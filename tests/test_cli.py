@@ -136,6 +136,7 @@ BAD = [
     (("plan", NANO, "--compare", "plattform=cuda,xpu"), ("plattform", "did you mean platform", "--help")),
     (("plan", NANO, "--compare", "platform"), ("OPTION=VALUE", "platform=cuda,xpu")),
     (("plan", NANO, "--platform", "cuda", "--memory", "1e400"), ("--memory '1e400'", "not a size")),
+    (("plan", NANO, "--platform", "cuda", "--memory", "1e308GiB"), ("--memory '1e308GiB'", "not a size")),
     (("plan", ".", "--platform", "cuda"), ("the folder /", "has no config.json")),
     (("launch", "/nowhere"), ("/nowhere",)),
     (("launch", "--platform", "xpu"), ("xpu", "pip install makeready-xpu")),

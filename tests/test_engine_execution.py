@@ -183,6 +183,9 @@ def test_every_decision_has_its_reason(model):
     assert [reason.partition(":")[0] for reason in chosen.reasons] == [
         "packed_steps", "compile_layers", "cuda_graphs", "async_scheduling",
     ]  # fmt: skip
+    ready = make_ready(model, packed_steps=True, batch_invariant=True)
+    said = next(reason for reason in decide(model, ready, TRAITS["bamba"]).reasons if "batch_invariant" in reason)
+    assert "matrix products may round by the tokens of a step" in said
 
 
 def test_a_method_that_moved_is_refused_by_name(monkeypatch):

@@ -77,3 +77,11 @@ def test_buckets_hold_what_may_run():
     assert {bucket.decodes for bucket in ragged_buckets(1, 8192)} == {16}
     assert ragged_buckets(4, 9) == (RaggedBucket(16, 16, 5),)
     assert ragged_buckets(4, 17)[-1].tokens == 32
+
+
+def test_more_decodes_than_a_step_has_tokens_have_room(dense, monkeypatch):
+    """Buckets of decodes are captured up to max_num_seqs, whatever max_num_batched_tokens is."""
+    with PackedRun("llama", monkeypatch, dense, max_num_batched_tokens=9, max_num_seqs=64) as run:
+        steps = use_uncaptured_steps(run.engine, (64,))
+        logits, _ = steps.dummy(64)
+        assert len(logits) == 64

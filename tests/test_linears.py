@@ -164,3 +164,23 @@ def test_large_matrices_and_many_tokens_have_their_own_ways():
     assert tiles_for(8, 8192, 100) is None
     x, weight = torch.randn(2, 3, 8), torch.randn(5, 8)
     torch.testing.assert_close(merged.linears(x, [weight])[0], x @ weight.T)
+
+
+@pytest.mark.parametrize("change", ["product", "value"])
+def test_a_factor_of_one_stays_where_something_is_written(change):
+    """A product is a copy: what is written into one of the two must not reach the other."""
+
+    def forward(x):
+        value = x + 0.0
+        product = value * 1.0
+        changed = product if change == "product" else value
+        changed += 1.0
+        return value, product
+
+    torch._dynamo.reset()
+    captured, compiled = traced(forward)
+    expected = compiled(torch.zeros(3))
+    merge_linears(captured[0], alone=False)
+    captured[0].recompile()
+    for found, wanted in zip(captured[0](torch.zeros(3)), expected, strict=True):
+        assert torch.equal(found, wanted)

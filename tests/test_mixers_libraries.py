@@ -127,6 +127,14 @@ class TestChoice:
         assert chosen.backend.name == "triton"
 
 
+@pytest.mark.parametrize("name", LIBRARIES)
+def test_steps_with_prefill_are_not_captured_around_a_library(name):
+    backend = LIBRARIES[name]()
+    kernels = backend.kernels(dict.fromkeys(backend.functions, print))
+    assert kernels.capturable, "decodes stay on our kernels"
+    assert not kernels.captures_ragged, "it must know on the host who has how many tokens"
+
+
 class TestProbe:
     def test_every_way_of_not_being_there_is_named(self):
         def broken(module, name):

@@ -55,6 +55,11 @@ def decide(model: Any, ready: Ready, traits: Traits) -> Execution:
     prefill = graphs and not (why := _ragged_obstacle(ready, kernels))
     if graphs:
         reasons.append(f"prefill_graphs: {_on(prefill)}, {f'since {why}' if why else 'with cuda_graphs'}.")
+    if ready.config.attention.batch_invariant:
+        reasons.append(
+            "batch_invariant: attention and state mixers; matrix products may round by the tokens of a step, or of the"
+            " bucket that holds it."
+        )
     ahead = on_cuda if asked.async_scheduling is None else asked.async_scheduling
     reasons.append(f"async_scheduling: {_on(ahead)}, {_why(asked.async_scheduling, model.device.type)}.")
     return Execution(

@@ -156,7 +156,7 @@ class TritonImpl(AttentionImpl):
         call: AttentionCall,
     ) -> torch.Tensor:
         """Attention over stored latents; shapes as in :class:`AttentionImpl`."""
-        call.refuse_own_masks("flash by triton")
+        call.refuse_beyond_scale("attention over latents of flash by triton")
         if metadata.latent is None:
             return query.new_empty(*query.shape[:2], latent_cache.shape[-1])
         return attend_latents(query, latent_cache, rope_cache, metadata.step, metadata.latent, call)

@@ -54,12 +54,18 @@ def attend_packed(
         unknown.append("attention_mask")
     if dropout:
         unknown.append("dropout")
+    if latents == STORED:  # of these, attention over latents has the scale alone
+        given = {"sliding_window": sliding_window, "softcap": softcap, "s_aux": s_aux}
+        unknown += [name for name, value in given.items() if value is not None]
+        unknown += ["is_causal"] if is_causal is False else []
     if unknown:
         raise BackendError(
             f"the model passes {', '.join(unknown)} to attention, which the engine does not know",
             option="attention",
             value=unknown,
-            expected=["scaling", "is_causal", "sliding_window", "softcap", "s_aux"],
+            expected=["scaling"]
+            if latents == STORED
+            else ["scaling", "is_causal", "sliding_window", "softcap", "s_aux"],
         )
     scale = query.shape[-1] ** -0.5 if scaling is None else float(scaling)
     if latents == STORED:

@@ -15,8 +15,14 @@ from .overlapping import overlap_attention
 
 CompiledForward = Callable[..., Any]
 
-IN_ORDER = {"reorder_for_peak_memory": False, "reorder_for_locality": False}
-"""Of Inductor: run things in the order that they are in, where that order is a purpose."""
+BESIDE = {
+    "reorder_for_peak_memory": False,
+    "reorder_for_locality": False,
+    "allow_buffer_reuse": False,
+    "inplace_buffers": False,
+}
+"""Of Inductor, where attention runs aside: the order is a purpose, and memory that attention reads has later readers
+that Inductor does not know of; it is free when the last reference to it goes (:class:`.context.Begun`)."""
 
 KINDS = 64
 """Kinds of layers, times two (one token, several): more than any model has."""
@@ -68,7 +74,7 @@ class CompiledLayers:
 
         options = dict((self._one_token if one_token else self._options) or {})
         if overlap_attention(module) and self._backend == "inductor":
-            options |= IN_ORDER
+            options |= BESIDE
         merge_linears(module, alone=one_token)
         backend: Any = lookup_backend(self._backend)
         return backend(module, inputs, config_patches=options) if options else backend(module, inputs)

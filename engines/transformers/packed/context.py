@@ -44,6 +44,16 @@ class PackedStep:
         return sum(self.query_lens)
 
 
+@dataclass(frozen=True, slots=True)
+class Begun:
+    """Attention that runs aside."""
+
+    attended: torch.Tensor
+    """What it makes."""
+    read: tuple[torch.Tensor, ...]
+    """Query, key and value, whose memory nobody else may have while it runs."""
+
+
 class ForwardContext:
     """One forward in progress. ``layer`` moves on as decoder layers run.
 
@@ -55,8 +65,8 @@ class ForwardContext:
     ) -> None:
         self.step = step
         self.aside = aside
-        self.attended: torch.Tensor | None = None
-        """What attention makes aside, from its beginning to its end."""
+        self.begun: Begun | None = None
+        """Attention aside, from its beginning to its end."""
         self.layer = -1
         self._binding = binding
         self._kernels = kernels

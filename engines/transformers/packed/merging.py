@@ -11,6 +11,7 @@ from torch.fx import GraphModule, Node
 
 from .linears import MAX_WEIGHTS
 from .ops import operators
+from .writing import is_changed
 
 _LINEAR = (torch.nn.functional.linear, torch._C._nn.linear)
 
@@ -96,21 +97,11 @@ def _is_plain(node: Any) -> bool:
     """x and a matrix that is an input of the graph (so that it is there from the start), and no bias."""
     if node.kwargs or len(node.args) < 2 or not all(isinstance(arg, Node) for arg in node.args[:2]):
         return False
-    if any(map(_is_changed, node.args[:2])):
+    if any(map(is_changed, node.args[:2])):
         return False
     bias: Any = node.args[2] if len(node.args) > 2 else None
     weight = node.args[1]
     return bias is None and isinstance(weight, Node) and weight.op in ("placeholder", "get_attr")
-
-
-def _is_changed(node: Any) -> bool:
-    """True if something writes to the tensor: then it matters when it is read."""
-    return any(
-        user.args
-        and user.args[0] is node
-        and (user.target is operator.setitem or (user.op == "call_method" and str(user.target).endswith("_")))
-        for user in node.users
-    )
 
 
 def _drop_factors_of_one(graph: torch.fx.Graph) -> None:
@@ -118,7 +109,9 @@ def _drop_factors_of_one(graph: torch.fx.Graph) -> None:
     for node in list(graph.nodes):
         if node.op == "call_function" and node.target is operator.mul and node.kwargs == {}:
             value, factor = node.args
-            if isinstance(value, Node) and isinstance(factor, float) and factor == 1.0 and _is_floating(value):
+            if not isinstance(value, Node) or is_changed(value) or is_changed(node):
+                continue
+            if isinstance(factor, float) and factor == 1.0 and _is_floating(value):
                 node.replace_all_uses_with(value)
                 graph.erase_node(node)
 

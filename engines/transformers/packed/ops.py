@@ -16,7 +16,7 @@ import torch
 from ....attention_backends.interface import AttentionCall
 from ....cache.write import write_kv
 from ....errors import BackendError, IntegrityError
-from .context import ForwardContext, running
+from .context import Begun, ForwardContext, running
 from .linears import like_linear_add, like_linears, linear_add, linears
 
 _NAMESPACE = "makeready"
@@ -27,7 +27,7 @@ _SCHEMAS = {
     "latent_attention": "(Tensor query, Tensor latent, Tensor rope, float scale) -> Tensor",
     "attention_begin": "(Tensor query, Tensor key, Tensor value, Tensor? sinks, float scale, bool causal, int? window,"
     " float? soft_cap) -> Tensor",
-    "attention_end": "(Tensor begun, Tensor query, Tensor key, Tensor value) -> Tensor",
+    "attention_end": "(Tensor begun) -> Tensor",
     "causal_conv": "(Tensor x, Tensor weight, Tensor? bias, str? activation) -> Tensor",
     "stacked_conv": "(Tensor x, Tensor weight, Tensor? bias, int count) -> Tensor",
     "delayed": "(Tensor x) -> Tensor",
@@ -109,26 +109,33 @@ def _latent_attention(query: torch.Tensor, latent: torch.Tensor, rope: torch.Ten
 
 
 def _attention_begin(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *call: Any) -> torch.Tensor:
-    """Attention on the stream aside, if the step has one, until :func:`_attention_end`."""
+    """Attention on the stream aside, if the step has one, until :func:`_attention_end`; (0, T, Hq, Dv), the shape.
+
+    What it reads stays in the context until then: compiled code drops it here, as copies of its own that nobody else
+    reads, and the allocator would give that memory to the mixers beside.
+    """
     context = running()
+    if context.begun is not None:
+        raise IntegrityError(f"layer {context.layer} begins an attention before another has ended")
     if context.aside is None:
-        context.attended = _attention(query, key, value, *call)
+        attended = _attention(query, key, value, *call)
     else:
         context.aside.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(context.aside):
-            context.attended = _attention(query, key, value, *call)
-    return query.new_empty(0)
+            attended = _attention(query, key, value, *call)
+    context.begun = Begun(attended, (query, key, value))
+    return _like_begun(query, key, value)
 
 
-def _attention_end(begun: torch.Tensor, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
-    """What was begun. Its inputs are named again, so that their memory is not given to others before."""
+def _attention_end(_: torch.Tensor) -> torch.Tensor:
+    """What was begun."""
     context = running()
+    begun, context.begun = context.begun, None
+    if begun is None:
+        raise IntegrityError(f"layer {context.layer} ends an attention that it has not begun")
     if context.aside is not None:
         torch.cuda.current_stream().wait_stream(context.aside)
-    attended, context.attended = context.attended, None
-    if attended is None:
-        raise IntegrityError(f"layer {context.layer} ends an attention that it has not begun")
-    return attended
+    return begun.attended
 
 
 def _causal_conv(
@@ -250,12 +257,12 @@ def _like_latent(query: torch.Tensor, latent: torch.Tensor, *_: Any) -> torch.Te
     return query.new_empty(query.shape[0], query.shape[1], latent.shape[2])
 
 
-def _like_begun(query: torch.Tensor, *_: Any) -> torch.Tensor:
-    return query.new_empty(0)
+def _like_begun(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *_: Any) -> torch.Tensor:
+    return query.new_empty(0, query.shape[0], query.shape[1], value.shape[2])
 
 
-def _like_ended(_: torch.Tensor, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
-    return _like_attention(query, key, value)
+def _like_ended(begun: torch.Tensor) -> torch.Tensor:
+    return begun.new_empty(begun.shape[1:])
 
 
 def _like_first(x: torch.Tensor, *_: Any) -> torch.Tensor:

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import operator
 from typing import Any
 
 from torch.fx import Graph, GraphModule, Node
 
 from .ops import operators
+from .writing import writes
 
 _MIXERS = ("causal_conv", "mamba1", "mamba2", "gated_delta", "kda")
 
@@ -16,15 +16,16 @@ def overlap_attention(module: GraphModule) -> int:
     """Rewrite ``module`` in place; how many calls of attention begin early now and end where they were.
 
     Attention moves, with what it is computed from, before the first mixer that neither needs nor feeds it. A graph
-    that writes into tensors stays as it is: there it matters when something is read.
+    that writes into tensors stays as it is: there it matters when something is read. So does one with several calls
+    of attention: one at a time runs aside.
     """
-    graph = module.graph
-    if any(_writes(node) for node in graph.nodes):
+    graph, ops = module.graph, operators()
+    calls = [node for node in graph.nodes if node.target in _forms(ops.attention)]
+    if len(calls) != 1 or any(writes(node) for node in graph.nodes):
         return 0
-    ops = operators()
     mixers = {form for name in _MIXERS for form in _forms(getattr(ops, name))}
     made = 0
-    for node in [node for node in graph.nodes if node.target in _forms(ops.attention)]:
+    for node in calls:
         before, after = _all(node, "all_input_nodes"), _all(node, "users")
         beside = [other for other in graph.nodes if other.target in mixers and other not in before | after]
         if beside:
@@ -46,7 +47,7 @@ def _begin_before(graph: Graph, node: Node, needed: set[Node], mixer: Node) -> N
     with graph.inserting_before(mixer if order.index(node) > place else node):
         begun = graph.call_function(ops.attention_begin.default, node.args, node.kwargs)
     with graph.inserting_before(first_user):
-        ended = graph.call_function(ops.attention_end.default, (begun, *node.args[:3]))
+        ended = graph.call_function(ops.attention_end.default, (begun,))
     ended.meta["example_value"] = node.meta.get("example_value")
     node.replace_all_uses_with(ended)
     graph.erase_node(node)
@@ -67,9 +68,3 @@ def _all(node: Node, side: str) -> set[Node]:
                 found.add(other)
                 todo.append(other)
     return found
-
-
-def _writes(node: Node) -> bool:
-    return node.target is operator.setitem or (
-        node.op == "call_method" and str(node.target).endswith("_") and not str(node.target).endswith("__")
-    )

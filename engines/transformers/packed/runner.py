@@ -80,7 +80,7 @@ class PackedRunner:
         ragged = ragged_buckets(scheduler.max_num_seqs, scheduler.max_num_batched_tokens)
         self._builder = StepBuilder(
             self._binding,
-            max_rows=max(bucket.rows for bucket in ragged),
+            max_rows=max(scheduler.max_num_seqs, *(bucket.rows for bucket in ragged)),
             max_num_batched_tokens=max(scheduler.max_num_batched_tokens, ragged[-1].tokens, scheduler.max_num_seqs),
             max_model_len=ready.max_model_len,
             device=self._device,

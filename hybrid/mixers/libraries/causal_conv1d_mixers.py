@@ -43,7 +43,7 @@ class CausalConv1dMixers(TritonMixers):
     """
 
     name = "causal-conv1d"
-    captures_ragged = False
+    captures_ragged = False  # it is told on the host where each request begins
 
     def __init__(self, convolve: Callable[..., Any]) -> None:
         self._convolve = convolve

@@ -22,7 +22,7 @@ class FlaMixers(TritonMixers):
     """
 
     name = "fla"
-    captures_ragged = False
+    captures_ragged = False  # it is told on the host where each request begins
 
     def __init__(self, functions: Mapping[str, Callable[..., Any]]) -> None:
         self._functions = functions

@@ -40,7 +40,7 @@ class MambaSsmMixers(TritonMixers):
     """
 
     name = "mamba-ssm"
-    captures_ragged = False
+    captures_ragged = False  # it is told on the host where each request begins
 
     def __init__(self, scan: Callable[..., Any]) -> None:
         self._scan = scan
