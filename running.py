@@ -12,6 +12,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TaskProgressColumn, TextColumn
 
 from .engines.checkpoint import require_checkpoint
+from .engines.installed import require_transformers
 from .report import make_console, plan_summary, reasons
 from .startup import BUNDLED_MODEL, prepare
 
@@ -43,6 +44,7 @@ def run(launch: Launch, options: Mapping[str, Any]) -> dict[str, Any]:
     console = make_console(quiet=launch.quiet)
     launch.params.validated()
     model = require_checkpoint(launch.model or BUNDLED_MODEL)
+    require_transformers()
     ready = prepare(model, **options)
     facts = ready.to_dict()
     prepared = time.perf_counter()

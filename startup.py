@@ -15,6 +15,7 @@ from .attention_backends.workspace import StepLimits
 from .config import EngineConfig
 from .device import DeviceFacts
 from .engines.checkpoint import require_checkpoint
+from .engines.installed import require_torch, require_transformers
 from .errors import ConfigError, PlatformError, PluginError
 from .hybrid.mixers.backend import MixerBackend
 from .hybrid.mixers.selection import ModelMixers, Probes, choose_mixers, mixer_requests
@@ -144,6 +145,7 @@ def prepare(model: Model | EngineConfig | None = None, *, plugins: Plugins | Non
     spec = _read(config, "transformers")
     plugins = plugins or load_plugins()
     around = _surroundings_here(config, plugins)
+    require_torch()
     mixers = _mixers(config, spec, around)
     decided, backends = _decide(config, spec, around, mixers)
     kernels = None if mixers is None else mixers.backend
@@ -167,11 +169,13 @@ def launch(
     :param params: sampling settings; None is greedy.
     :param options: as for :func:`plan`.
     """
-    from .engines.transformers.launching import open_engine
-
     config = _as_config(BUNDLED_MODEL if model is None else model, options)
     require_checkpoint(config.model.model)
-    engine = open_engine(prepare(config, plugins=plugins))
+    require_transformers()
+    ready = prepare(config, plugins=plugins)
+    from .engines.transformers.launching import open_engine
+
+    engine = open_engine(ready)
     try:
         return engine.generate(prompts, params, on_progress)
     finally:

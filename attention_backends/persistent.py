@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from array import array
 from collections.abc import Sequence
 from itertools import accumulate
 
 import torch
 
 from ..cache.block_table import BlockTable
-from ..cache.staging import on_host, stage
+from ..cache.staging import pinned, stage
 from ..cache.write import PADDING_SLOT
 from ..errors import ConfigError, IntegrityError
 from .metadata import StepMetadata
@@ -54,16 +55,21 @@ class StepBuffers:
         self, *, max_num_seqs: int, max_num_batched_tokens: int, max_blocks: int, block_size: int, device: torch.device
     ) -> None:
         self._block_size, self._device = block_size, device
-        self._query_start = torch.zeros(max_num_seqs + 1, dtype=torch.int32, device=device)
-        self._seq_lens = torch.zeros(max_num_seqs, dtype=torch.int32, device=device)
+        # What every step changes lies in one piece, each part of it aligned, so that it takes one copy.
+        self._room = -(-(max_num_seqs + 1) // 4) * 4
+        self._changing = torch.zeros(8 * self._room + 8 * max_num_batched_tokens, dtype=torch.uint8, device=device)
+        numbers = self._changing[: 8 * self._room].view(torch.int32)
+        self._query_start = numbers[: max_num_seqs + 1]
+        self._seq_lens = numbers[self._room : self._room + max_num_seqs]
+        self._slots = self._changing[8 * self._room :].view(torch.int64)
+        self._slots.fill_(PADDING_SLOT)
         self._block_table = torch.zeros(max_num_seqs, max_blocks, dtype=torch.int32, device=device)
-        self._slots = torch.full((max_num_batched_tokens,), PADDING_SLOT, dtype=torch.int64, device=device)
         self._written: dict[int, tuple[BlockTable, int]] = {}
 
     @property
     def nbytes(self) -> int:
         """Bytes on the device."""
-        return sum(t.nbytes for t in (self._query_start, self._seq_lens, self._block_table, self._slots))
+        return self._changing.nbytes + self._block_table.nbytes
 
     def fill(
         self, tables: Sequence[BlockTable], starts: Sequence[int], lens: Sequence[int], *, rows: int | None = None
@@ -135,12 +141,7 @@ class StepBuffers:
         slots = [s for t, start, n in zip(tables, starts, lens, strict=True) for s in t.slots(start, start + n)]
         tokens = sum(query_lens)
         self._check_room(tables, len(query_lens), tokens)
-        ends = [0]
-        for count in query_lens:
-            ends.append(ends[-1] + count)
-        self._copy(self._query_start, ends)
-        self._copy(self._seq_lens, seq_lens)
-        self._copy(self._slots, [*slots, *[PADDING_SLOT] * (tokens - len(slots))])
+        self._copy(seq_lens, list(accumulate(query_lens, initial=0)), [*slots, *[PADDING_SLOT] * (tokens - len(slots))])
         self._copy_new_blocks(tables, places)
         return self._step(query_lens, tuple(seq_lens), captured=False)
 
@@ -160,9 +161,11 @@ class StepBuffers:
             num_ragged=num_ragged,
         )
 
-    def _copy(self, persistent: torch.Tensor, values: Sequence[int]) -> None:
-        if values:
-            copy_to_persistent(persistent, on_host(values, persistent.dtype, self._device))
+    def _copy(self, seq_lens: Sequence[int], starts: Sequence[int], slots: Sequence[int]) -> None:
+        """Queue one copy of all three, the first two filled up to the buffers' rows."""
+        rows = [number for part in (starts, seq_lens) for number in (*part, *[0] * (self._room - len(part)))]
+        image = bytearray(array("i", rows)) + bytearray(array("q", slots))
+        copy_to_persistent(self._changing, pinned(torch.frombuffer(image, dtype=torch.uint8), self._device))
 
     def _copy_new_blocks(self, tables: Sequence[BlockTable], rows: Sequence[int]) -> None:
         """Scatter the ids that the rows lack: a table only grows, and a request that starts over has a new one."""

@@ -26,4 +26,9 @@ def on_host(values: Sequence[int], dtype: torch.dtype, device: torch.device) -> 
     """``values`` (at least one) in memory from which a copy to ``device`` can be queued: pinned where that matters."""
     # By way of an array: several times faster than torch.tensor on a long list.
     host = torch.frombuffer(array(_TYPECODES[dtype], values), dtype=dtype)
+    return pinned(host, device)
+
+
+def pinned(host: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """``host`` in memory from which a copy to ``device`` can be queued."""
     return host.pin_memory() if device.type in _PINNED else host

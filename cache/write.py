@@ -132,7 +132,8 @@ def _cast(rows: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     limits = torch.finfo(dtype)
     if limits.max >= torch.finfo(rows.dtype).max:  # no clamp needed, and torch refuses a limit that rows cannot hold
         return rows.to(dtype)
-    return rows.clamp(limits.min, limits.max).to(dtype)
+    # In float32: bfloat16 would round the end of float16 up, beyond what it holds.
+    return rows.float().clamp(limits.min, limits.max).to(dtype)
 
 
 def _check_shape(name: str, rows: torch.Tensor, cache: torch.Tensor, slots: torch.Tensor) -> None:

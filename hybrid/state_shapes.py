@@ -86,6 +86,7 @@ class Mamba2(NamedTuple):
 
     def shapes(self, rank: Rank) -> Shapes:
         """Convolution state over x, B and C, and the recurrent state."""
+        _require_whole("mamba2 heads", self.heads, "n_groups", self.groups)
         channels = rank.share(self.inner, "mamba2 inner width") + 2 * self.groups_of(rank) * self.state_size
         heads = rank.share(self.heads, "mamba2 heads")
         return (rank.conv(channels, self.kernel), ("recurrent", (heads, self.head_dim, self.state_size)))
@@ -117,6 +118,7 @@ class GatedDeltaNet(NamedTuple):
 
     def shapes(self, rank: Rank) -> Shapes:
         """Convolution state over q, k and v, and the recurrent state."""
+        _require_whole("gated delta net value heads", self.value_heads, "linear_num_key_heads", self.key_heads)
         keys = rank.share(self.key_heads, "gated delta net key heads")
         values = rank.share(self.value_heads, "gated delta net value heads")
         channels = 2 * keys * self.key_dim + values * self.value_dim
@@ -189,3 +191,17 @@ class Zaya(NamedTuple):
 
 
 Mixer = Mamba1 | Mamba2 | GatedDeltaNet | KimiDelta | ShortConv | Lightning | Zaya
+
+
+def _require_whole(what: str, heads: int, field: str, groups: int) -> None:
+    """Every group serves as many heads; no groups (0) serve none.
+
+    :raises UnsupportedModelError: with both numbers.
+    """
+    if groups and heads % groups:
+        raise UnsupportedModelError(
+            f"{heads} {what} do not divide over {field} {groups}: every group serves as many heads",
+            option=field,
+            value=groups,
+            expected=[n for n in range(1, heads + 1) if heads % n == 0],
+        )

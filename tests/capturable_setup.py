@@ -35,7 +35,7 @@ class DenseAttention(ReferenceAttention):
         seen = distance >= 0
         if call.sliding_window is not None:
             seen = seen & (distance < call.sliding_window)
-        weights = torch.softmax(scores.masked_fill(~seen[:, None], -1e30), dim=-1)
+        weights = _weights(scores.masked_fill(~seen[:, None], -1e30), call.sinks)
         return torch.einsum("bhk,bkhd->bhd", weights, values).to(query.dtype)
 
     def forward_latent(self, query, latent_cache, rope_cache, metadata, call):
@@ -107,8 +107,16 @@ def _attend_ragged(query, key_cache, value_cache, step, call):
     seen = (distance >= 0) & (seq_lens > 0)[:, None]
     if call.sliding_window is not None:
         seen = seen & (distance < call.sliding_window)
-    weights = torch.softmax(scores.masked_fill(~seen[:, None], -1e30), dim=-1) * seen[:, None]
+    weights = _weights(scores.masked_fill(~seen[:, None], -1e30), call.sinks) * seen[:, None]
     return torch.einsum("thk,tkhd->thd", weights, values).to(query.dtype)
+
+
+def _weights(scores, sinks):
+    """Softmax over the keys of (T, H, K); a sink is one more logit a head."""
+    if sinks is None:
+        return torch.softmax(scores, dim=-1)
+    sink = sinks.float()[None, :, None].expand(scores.shape[0], -1, 1)
+    return torch.softmax(torch.cat([scores, sink], dim=-1), dim=-1)[..., :-1]
 
 
 def _read(state, batch):

@@ -20,6 +20,7 @@ from makeready.cache.specs import AttentionSpec, LayerGroup
 from makeready.config import AttentionConfig, EngineConfig
 from makeready.device import DeviceFacts
 from makeready.hybrid.mixers.interface import MixerKernels
+from makeready.hybrid.mixers.libraries import FlaBackend
 from makeready.hybrid.mixers.reference import ReferenceMixerBackend
 from makeready.hybrid.mixers.selection import choose_mixers, mixer_requests
 from makeready.hybrid.mixers.triton import TritonMixerBackend
@@ -122,7 +123,7 @@ def planned_ready(model: Any, *, backend: str = "reference", num_blocks: int = 2
 
 
 def _mixers(spec: ModelSpec, config: EngineConfig, device: DeviceFacts) -> MixerKernels | None:
-    backends = (ReferenceMixerBackend(), TritonMixerBackend())
+    backends = (ReferenceMixerBackend(), TritonMixerBackend(), FlaBackend())
     named = {backend.name: backend for backend in backends}
     asked = config.attention.mixer_backend
     needed = mixer_requests(spec.layers, spec.dtype)

@@ -16,7 +16,8 @@ from makeready.engines.transformers.packed.buckets import RaggedBucket, ragged_b
 from packed_setup import PARAMS, PackedRun, prompts
 
 FAMILIES = (
-    "falcon_h1", "nemotron_h", "qwen3_next", "lfm2", "mamba2", "jamba", "llama", "gemma2", "kimi_linear", "zaya",
+    "falcon_h1", "nemotron_h", "qwen3_next", "lfm2", "mamba2", "jamba", "llama", "gemma2", "gpt_oss", "kimi_linear",
+    "zaya",
 )  # fmt: skip
 
 

@@ -2,6 +2,7 @@ import re
 
 import pytest
 
+import makeready
 from makeready.attention_backends.flash import FlashBackend, FlashProvider
 from makeready.attention_backends.flash.backend import default_providers
 from makeready.attention_backends.flash.library import LibraryProvider
@@ -100,3 +101,16 @@ def test_every_provider_says_why_it_does_not_serve():
     flash = FlashBackend(providers=[Invented(available=False), Invented(error="head size 64 is odd")])
     with pytest.raises(BackendError, match=re.escape("no invented here; invented: head size 64 is odd")):
         flash.build(build_request(CPU, dtype="float32"))
+
+
+def test_latents_are_flashs_in_the_embedded_engine_only():
+    """vLLM has other kernels for them, which a plan for it names."""
+    kimi = "moonshotai/Kimi-Linear-48B-A3B-Instruct"
+    chosen = {
+        engine: {layer["backend"] for layer in makeready.plan(kimi, platform="cuda", engine=engine).to_dict()["layers"]}
+        for engine in ("transformers", "vllm")
+    }
+    assert chosen["transformers"] == {"flash", None}
+    assert "flash" not in chosen["vllm"]
+    assert not FlashBackend().capabilities(CUDA).mla
+    assert FlashBackend().for_engine("transformers").capabilities(CUDA).mla

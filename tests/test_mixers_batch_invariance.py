@@ -15,6 +15,8 @@ from mixer_cases import Mixer, cast, make_batch
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 HAS_TRITON = find_spec("triton") is not None and (DEVICE == "cuda" or os.environ.get("TRITON_INTERPRET") == "1")
 LENS = [1, 129, 12, 1, 700, 64, 2, 300, 1, 17] if DEVICE == "cuda" else [1, 9, 1, 37, 2]
+DTYPES = [torch.float32, torch.bfloat16] if DEVICE == "cuda" else [torch.bfloat16]
+"""The interpreter takes milliseconds for an operation."""
 BIG = {
     "mamba2": {"H": 24, "P": 128, "N": 256},
     "mamba2_groups": {"H": 16, "P": 80, "N": 128, "G": 8},
@@ -27,9 +29,9 @@ BIG = {
 }
 
 
-@pytest.fixture(params=["triton", "reference"])
+@pytest.fixture(params=["triton", "plain"])
 def kernels(request) -> MixerKernels:
-    if request.param == "reference":
+    if request.param == "plain":
         return ReferenceMixers(alone=True)
     if not HAS_TRITON:
         pytest.skip("needs a CUDA device, or triton with TRITON_INTERPRET=1 (test_mixers_interpreted.py runs it so)")
@@ -80,7 +82,7 @@ def check(requests, kernels, companies):
             assert torch.equal(state, alone[index][1]), f"states differ: {where}"
 
 
-@pytest.mark.parametrize("state_dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("state_dtype", DTYPES)
 @pytest.mark.parametrize("kind", Mixer.kinds)
 def test_ragged_prefills_and_decodes(kernels, kind, state_dtype):
     """Short and long, fresh and continued, in different orders, beside padding, and alone."""
@@ -91,7 +93,7 @@ def test_ragged_prefills_and_decodes(kernels, kind, state_dtype):
     check(requests, kernels, [(everybody, 0, True), (everybody[::-1], 2, True), (everybody[1:4], 0, False)])
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("kind", Mixer.kinds)
 def test_steps_of_decodes(kernels, kind, dtype):
     """A captured step's kernels, and those of a step with longer requests in it, give a decode the same bits."""
@@ -103,18 +105,26 @@ def test_steps_of_decodes(kernels, kind, dtype):
 
 
 @pytest.mark.skipif(not HAS_TRITON, reason="needs a CUDA device, or triton with TRITON_INTERPRET=1")
-@pytest.mark.parametrize("kind", ["mamba2", "mamba2_groups", "mamba1", "gdn", "kda", "lightning"])
+@pytest.mark.parametrize("kind", Mixer.kinds)
 def test_prefill_cut_where_kernels_cut(kind):
-    """With float32 states, a prefill in parts that are whole chunks of the kernels has the bits of one call."""
+    """With float32 states, a prefill in parts that are whole chunks of the kernels has the bits of one call.
+
+    mamba1 and convolutions go token by token: they may be cut anywhere.
+    """
     from makeready.hybrid.mixers.triton.mixers import TritonMixers
 
     dtype = torch.bfloat16 if DEVICE == "cuda" else torch.float32
-    chunk = {"gdn": 64, "kda": 16, "mamba1": 7}.get(kind, 128) if DEVICE == "cuda" else 7 if kind == "mamba1" else 32
+    whole = {"gdn": 64, "kda": 64} if DEVICE == "cuda" else {"gdn": 16, "kda": 16}
+    anywhere = {"mamba1": 7, "mamba1_heads": 7, "conv": 5, "conv_wide": 5}
+    chunk = (whole | anywhere).get(kind, 128 if DEVICE == "cuda" else 32)
     mixer = Mixer(kind, BIG.get(kind) if DEVICE == "cuda" else None)
     tokens = 4 * chunk + 3
     inputs = cast(mixer.inputs(tokens), dtype, DEVICE)
     results = []
-    for cuts in ([tokens], [chunk, 2 * chunk, chunk + 3], [3 * chunk, chunk + 3]):
+    cuttings = [[tokens], [chunk, 2 * chunk, chunk + 3], [3 * chunk, chunk + 3]]
+    if kind in anywhere:
+        cuttings.append([1, 1, 2, tokens - 5, 1])
+    for cuts in cuttings:
         state = torch.full((3, *mixer.state_shape), torch.nan, device=DEVICE)
         outs, start = [], 0
         for length in cuts:

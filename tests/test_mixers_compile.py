@@ -74,7 +74,7 @@ class Compiled:
 def launched(monkeypatch):
     """Names of the kernels that were compiled."""
     names: list[str] = []
-    for module in ("conv", "mamba1", "mamba2", "delta"):
+    for module in ("conv", "mamba1", "mamba2", "delta", "kda"):
         host = import_module(f"makeready.hybrid.mixers.triton.{module}")
         device = import_module(f"makeready.hybrid.mixers.triton.kernels.{module}")
         for name in vars(host):

@@ -7,7 +7,7 @@ import os
 import pytest
 import torch
 
-from fla_interpreted import make_autotuners_work, make_loops_work
+from library_autotuners import make_autotuners_work, make_loops_work, take_first_configurations
 from makeready.attention_backends.interface import Probe
 from makeready.config import AttentionConfig
 from makeready.device import DeviceFacts
@@ -32,8 +32,8 @@ KINDS = {
     "causal-conv1d": ("conv", "conv_wide"),
 }
 SIZES = {
-    "gdn": {"H": 8, "Hk": 4, "Dk": 128, "Dv": 128},
-    "kda": {"H": 4, "Dk": 128, "Dv": 128},
+    "gdn": {"H": 32, "Hk": 16, "Dk": 128, "Dv": 128},
+    "kda": {"H": 32, "Dk": 128, "Dv": 128},
     "lightning": {"H": 4, "Dk": 128, "Dv": 128},
     "conv": {"C": 3584},
     "conv_wide": {"C": 3584},
@@ -160,6 +160,11 @@ class TestProbe:
             with pytest.raises(BackendError, match=said):
                 made.build(CUDA)
 
+    @pytest.mark.usefixtures("_compiled")
+    def test_devices_without_kernels_are_told_before_anything_is_imported(self):
+        probe = MambaSsmBackend().probe(XPU)
+        assert probe == Probe(available=False, reason="mamba-ssm has kernels for cuda, not for xpu")
+
     @pytest.mark.parametrize("name", LIBRARIES)
     def test_what_is_installed_has_the_parameters_that_we_pass(self, name):
         backend = LIBRARIES[name]()
@@ -180,6 +185,7 @@ def library(request):
     backend = LIBRARIES[request.param]()
     if not all(backend._found(wanted.module) for wanted in backend.functions.values()):
         pytest.skip(f"{backend.title} is not installed")
+    take_first_configurations()
     if DEVICE == "cpu":
         make_autotuners_work()
     probe = backend.probe(CUDA)
@@ -200,7 +206,7 @@ def test_ragged_steps_equal_the_reference(library, kind):
     dtype = torch.bfloat16 if big else torch.float32
     mixer = Mixer(kind, SIZES[kind] if big else {"Dk": 32, "Dv": 32})
     steps = (
-        ([1, 129, 12, 1, 700, 64, 2, 300], [1, 4], [5]),
+        ([1, 129, 12, 1, 300, 64, 2, 90], [1, 4], [5]),
         ([130, 70], [0], []),
         ([3, 1, 200, 1, 90], [2], []),
         ([1] * 5, [0], [2]),

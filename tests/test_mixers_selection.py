@@ -145,6 +145,15 @@ def test_plans_and_prepared_engines_name_their_mixers():
     assert ready.mixers.name == "reference"
 
 
+def test_what_kernels_ask_of_blocks_reaches_the_solver():
+    asked = {"platform": "xpu", "engine": "transformers", "device_memory_bytes": 300 << 30}
+    plan = makeready.plan("Qwen/Qwen3-Next-80B-A3B-Instruct", mixer_backend="fla", **asked)
+    assert plan.block_size % 64 == 0
+    assert any("fla's delta rule on xpu needs a multiple of 64" in reason for reason in plan.reasons)
+    with pytest.raises(BackendError, match="batch_invariant is asked, and what fla computes"):
+        makeready.plan("Qwen/Qwen3-Next-80B-A3B-Instruct", mixer_backend="fla", batch_invariant=True, **asked)
+
+
 def test_doctor_shows_mixers():
     report = examine(load_plugins()).to_dict()
     cpu = next(platform for platform in report["platforms"] if platform["name"] == "cpu")
@@ -152,6 +161,8 @@ def test_doctor_shows_mixers():
     assert by_name["reference"]["available"]
     assert by_name["triton"]["reason"].startswith("triton ")
     assert not by_name["triton"]["available"]
+    assert by_name["fla"]["reason"] == "flash-linear-attention has kernels for cuda, xpu, not for cpu"
+    assert list(by_name) == BUILT_IN_NAMES
 
 
 def test_choosing_imports_neither_torch_nor_triton():

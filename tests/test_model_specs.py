@@ -197,6 +197,7 @@ def test_ranks_split_heads_and_share_groups() -> None:
 @pytest.mark.parametrize(
     ("change", "tp", "message"),
     [
+        ({"n_groups": 3}, 1, "16 mamba2 heads do not divide over n_groups 3"),
         ({"n_groups": 2}, 4, "mamba2 n_groups 2 cannot be served with tensor_parallel_size 4"),
         ({"num_attention_heads": 6, "num_key_value_heads": 3}, 3,
          "mamba2 inner width 128 cannot be split over tensor_parallel_size 3"),

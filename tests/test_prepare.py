@@ -147,3 +147,15 @@ def test_a_plugin_whose_backends_fail_is_an_error_unless_another_is_named():
 def test_a_plan_for_a_cpu_expects_only_what_most_machines_have():
     assert makeready.plan(BUNDLED_MODEL, platform="cpu").to_dict()["kernel_block_sizes"].keys() == {"flex"}
     assert makeready.plan(BUNDLED_MODEL, platform="cpu", backend="flash").layers[1].backend in (None, "flash")
+
+
+def test_software_that_is_missing_is_named_with_how_to_get_it(monkeypatch):
+    """As in a Python where only planning's needs are installed."""
+    here = {"torch": True, "transformers": False, "safetensors": False}
+    monkeypatch.setattr("makeready.engines.installed.find_spec", lambda name: here[name] or None)
+    with pytest.raises(ConfigError, match=r"needs transformers and safetensors, .* pip install 'makeready\[engine\]'"):
+        makeready.launch(platform="cpu", backend="reference")
+    here["torch"] = False
+    for run in (makeready.prepare, makeready.launch):
+        with pytest.raises(ConfigError, match=r"needs torch, .* pip install 'makeready\[engine\]'"):
+            run(platform="cpu", backend="reference")

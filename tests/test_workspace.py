@@ -14,6 +14,7 @@ from makeready.cache.specs import AttentionSpec
 from makeready.config import AttentionConfig
 from makeready.device import DeviceFacts
 from makeready.errors import CapacityError
+from makeready.platforms.probing import probe_cuda
 from paged_cases import make_case
 
 HOPPER = DeviceFacts(platform="cuda", device_type="cuda", compute_capability=(9, 0), compute_units=132)
@@ -82,6 +83,40 @@ def test_triton_kernels_allocate_no_more_than_they_declare(heads, size, step, in
     assert sum(taken) <= total_bytes([declared])
     if queries[0] == 1 or sum(queries) > 1000:
         assert taken
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize("invariant", [False, True])
+@pytest.mark.parametrize(
+    "backend", [FlashBackend().configured(AttentionConfig(flash_provider="triton"), HOPPER), FlexBackend()]
+)
+@pytest.mark.parametrize("step", [((20_000, 1500, 900), (1000, 1500, 1)), ((20_000, 9000, 900, 5), (1, 1, 1, 1))])
+def test_peak_memory_of_a_step_is_within_what_is_declared(backend, step, invariant):
+    """Beside rows as large as the queries: a few copies of those are a step's own."""
+    (device,) = probe_cuda().devices
+    lens, queries = step
+    heads, size = (32, 8), 128
+    case = make_case(lens, queries, heads=heads, head_size=size, dtype=torch.bfloat16, device="cuda")
+    limits = StepLimits(max_num_seqs=4, max_num_batched_tokens=sum(queries), max_model_len=max(lens))
+    asked = request_of(heads, size, batch_invariant=invariant)
+    impl = backend.build(
+        BuildRequest(
+            device=device, spec=asked.spec, dtype="bfloat16", block_size=16, kernel_block_size=16,
+            num_blocks=case.key_cache.shape[0], max_num_seqs=4, max_num_batched_tokens=sum(queries),
+            max_model_len=max(lens), config=AttentionConfig(batch_invariant=invariant),
+        )
+    )  # fmt: skip
+    call = AttentionCall(scale=0.1)
+    for _ in range(2):  # the first call compiles and makes what is kept
+        torch.cuda.synchronize()
+        before = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        out = impl.forward(case.query, case.key_cache, case.value_cache, impl.prepare(case.step), call)
+        torch.cuda.synchronize()
+        peak = torch.cuda.max_memory_allocated() - before
+        del out
+    declared = total_bytes([backend.workspace(asked, device, limits)])
+    assert peak <= declared + 6 * case.query.nbytes + (1 << 20), (peak, declared)
 
 
 def test_kinds_of_layers_keep_their_own_and_share_the_rest():

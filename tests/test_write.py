@@ -1,5 +1,6 @@
 """Writing K and V: every layout against a dict of tokens, on memory poisoned with NaN."""
 
+import math
 import random
 
 import pytest
@@ -130,6 +131,18 @@ def test_what_does_not_fit_is_refused_and_nothing_is_written():
     assert (cache.buffer == 0xFF).all()
     with pytest.raises(IntegrityError, match="9 tokens are asked of 2 blocks of 4"):
         gather_kv(views[0], [1, 2], 9)
+
+
+@pytest.mark.parametrize("computed", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("stored", [torch.float16, torch.float8_e4m3fn, torch.float8_e5m2])
+def test_what_a_narrower_cache_cannot_hold_is_clamped_and_nan_stays(computed, stored):
+    """65504, the end of float16, is 65536 in bfloat16: clamped there, it would be stored as infinity."""
+    rows = torch.tensor([[[math.inf, -math.inf, 1e9, math.nan]]], dtype=computed)
+    key, value = (torch.zeros(2, 4, 1, 4, dtype=stored) for _ in range(2))
+    write_kv(rows, rows, key, value, torch.tensor([5]))
+    most = torch.finfo(stored).max
+    assert key[1, 1, 0, :3].tolist() == [most, -most, most]
+    assert key[1, 1, 0, 3].isnan()
 
 
 @pytest.mark.parametrize("scales", [None, (2.0, 2.0)])

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import gc
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -30,6 +32,20 @@ def capture(run: Run, pool: Any, warm_ups: int) -> Captured:
     for _ in range(warm_ups):  # on this stream: on a new one, cuBLAS would take another 32 MiB to work in
         run()
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph, pool=pool):
+    # Other threads may use the device meanwhile; only this one is recorded.
+    with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
         logits, tokens = run()
     return Captured(graph, logits, tokens)
+
+
+@contextmanager
+def nothing_collected() -> Iterator[None]:
+    """No garbage is collected meanwhile: memory or a graph that is freed while another is recorded spoils that."""
+    gc.collect()
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()

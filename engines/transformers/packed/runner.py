@@ -21,6 +21,7 @@ from .attention import EXPANDED, LATENTS, STORED, register
 from .buckets import TOKENS, decode_buckets, ragged_buckets
 from .building import StepBuilder
 from .cache import PackedCache
+from .capturing import nothing_collected
 from .choosing import likeliest
 from .context import ForwardContext, PackedStep, forward_of
 from .decode_inputs import DecodeInputs
@@ -72,13 +73,9 @@ class PackedRunner:
         self._device = model.device
         self._ledger = StateLedger()
         self._seats = Seats(scheduler.max_num_seqs, self._device)
+        largest = TOKENS[-1] if prefill_graphs else 0
         self._dummies = tuple(
-            dummy_steps(
-                scheduler.max_num_batched_tokens,
-                ready.max_model_len,
-                scheduler.max_num_seqs,
-                captured=TOKENS[-1] if prefill_graphs else 0,
-            )
+            dummy_steps(scheduler.max_num_batched_tokens, ready.max_model_len, scheduler.max_num_seqs, largest)
         )
         ragged = ragged_buckets(scheduler.max_num_seqs, scheduler.max_num_batched_tokens)
         self._builder = StepBuilder(
@@ -116,9 +113,11 @@ class PackedRunner:
             for size in self._decode_sizes if self._graphs is None else ():
                 lens = (1,) * size
                 self._run_dummy(lens, self._builder.dummy(lens, lens, decode_only=True))
-        for graphs in (self._ragged, self._graphs):
-            if graphs is not None:
-                graphs.capture()
+        captured = [graphs for graphs in (self._ragged, self._graphs) if graphs is not None]
+        if captured:
+            with nothing_collected():
+                for graphs in captured:
+                    graphs.capture()
 
     def _run_dummy(self, lens: Sequence[int], step: PackedStep) -> None:
         nothing = torch.zeros(sum(lens), dtype=torch.int64, device=self._device)

@@ -28,7 +28,7 @@ def dummy_steps(
         lens = _split(tokens, longest)
         yield lens, lens
     chunk = max(min(_LONG, longest, max_model_len // _CONTEXT), 1)
-    yield (chunk,), (max_model_len,)
+    yield (chunk,), (min(_CONTEXT * chunk, max_model_len),)
     mixed = tuple(min(length, longest) for length in (1, _FEW, _SHORT, _SHORT + 1))
     if len(mixed) <= max_rows and sum(mixed) <= max_tokens:
         yield mixed, mixed

@@ -96,8 +96,8 @@ class LibraryMixerBackend(MixerBackend):
         return self.lacks.get(kind)
 
     def probe(self, device: DeviceFacts) -> Probe:
-        """Not installed, too old, not loadable, another signature, or there: each in a sentence."""
-        refusal = self.refusal()
+        """Not for this device, not installed, too old, not loadable, another signature, or there: in a sentence."""
+        refusal = self.refusal(device)
         if refusal is not None:
             return Probe(available=False, reason=refusal)
         return Probe(available=True, reason=f"{self.title} {self.version() or 'of unknown version'} loads")
@@ -107,7 +107,7 @@ class LibraryMixerBackend(MixerBackend):
 
         :raises BackendError: where :meth:`probe` says that it is not available.
         """
-        refusal = self.refusal()
+        refusal = self.refusal(device)
         if refusal is not None:
             raise BackendError(
                 f"mixers by {self.name}: {refusal}", option="mixer_backend", value=self.name, expected="another backend"
@@ -118,8 +118,10 @@ class LibraryMixerBackend(MixerBackend):
         """Of the first distribution that is installed."""
         return next((found for name in self.distributions if (found := self._version_of(name)) is not None), None)
 
-    def refusal(self) -> str | None:
+    def refusal(self, device: DeviceFacts) -> str | None:
         """The first thing in the way, or ``None``; imports the library if nothing else is."""
+        if not self.capabilities(device).dtypes:
+            return f"{self.title} has kernels for {', '.join(sorted(self.device_types))}, not for {device.device_type}"
         for package in ("torch", "triton"):
             if find_spec(package) is None:
                 return f"{self.name} needs {package} for decodes, which is not installed: pip install {package}"

@@ -55,7 +55,7 @@ class FlaBackend(LibraryMixerBackend):
         """On XPU blocks end where its chunks end, as vLLM asks of gated delta nets there."""
         if device.device_type != "xpu" or not kinds & {"gdn", "kda"}:
             return ()
-        return (MultipleOf(CHUNK, owner="chunks of fla's delta rules on xpu"),)
+        return (MultipleOf(CHUNK, owner="fla's delta rule on xpu"),)
 
     def kernels(self, functions: Mapping[str, Callable[..., Any]]) -> MixerKernels:
         """The mixers on these functions."""

@@ -7,11 +7,15 @@ import torch
 from ....early_launch import early_launch
 from ..batch import StateBatch
 from .chunks import chunk_table
-from .kernels.conv import conv_chunk, conv_step
-from .tiles import power_of_two
+from .kernels.conv import conv_chunk, conv_chunk_wide, conv_step
+from .tiles import Tile, power_of_two
 
-_TOKENS, _CHANNELS, _WARPS = 16, 64, 2
-"""Tokens (no fewer than a kernel is wide) and channels of a tile, and its warps."""
+_TILES = Tile(rows=128, tokens=32, warps=1), Tile(rows=128, tokens=16, warps=1)
+"""Channels (``rows``) and tokens of a program for many tokens and for few; how they are cut changes no bit."""
+_MANY = 8192
+"""Tokens in a step that are many."""
+_WIDE = Tile(rows=128, tokens=16, warps=2)
+"""The same for kernels of more than four columns; no fewer tokens than a kernel is wide."""
 _STEP_CHANNELS = 256
 """Channels of one request that a program steps."""
 
@@ -23,6 +27,8 @@ def causal_conv(
     state: torch.Tensor,
     batch: StateBatch,
     activation: str | None,
+    *,
+    tile: Tile | None = None,
 ) -> torch.Tensor:
     """See :meth:`MixerKernels.causal_conv`."""
     out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
@@ -30,7 +36,6 @@ def causal_conv(
     columns = state.shape[-1]
     constants = {
         "W": columns,
-        "W_PADDED": power_of_two(columns),
         "K": kernel,
         "BIAS": bias is not None,
         "SILU": activation == "silu",
@@ -43,9 +48,12 @@ def causal_conv(
             PACKED=batch.decode_only, BLOCK_C=_STEP_CHANNELS, num_warps=4, **early_launch(x.device),
         )  # fmt: skip
     if batch.max_query_len > 1:
-        chunks, _ = chunk_table(batch, _TOKENS, x.shape[0])
-        conv_chunk[(chunks.shape[0], -(-channels // _CHANNELS))](
+        narrow = 2 <= kernel <= 4
+        tile = tile or ((_TILES[0] if x.shape[0] >= _MANY else _TILES[1]) if narrow else _WIDE)
+        length = max(tile.tokens, power_of_two(kernel))
+        chunks, _ = chunk_table(batch, length, x.shape[0])
+        (conv_chunk if narrow else conv_chunk_wide)[(chunks.shape[0], -(-channels // tile.rows))](
             *tensors, chunks, channels, *strides, **constants,
-            BLOCK_T=_TOKENS, BLOCK_C=_CHANNELS, num_warps=_WARPS,
+            BLOCK_T=length, BLOCK_C=tile.rows, **tile.options(x.device),
         )  # fmt: skip
     return out

@@ -7,11 +7,14 @@ import torch
 from ....early_launch import early_launch
 from ..batch import StateBatch
 from .chunks import chunk_table
-from .kernels.delta import delta_outputs, delta_prepare, delta_states, delta_step, kda_scan
-from .tiles import Tile, delta_tile, power_of_two, products, step_tile
+from .kda import KdaTiles, kda_prefill
+from .kernels.delta import delta_outputs, delta_prepare, delta_states, delta_step
+from .tiles import Tile, delta_tile, inversion, power_of_two, products, step_tile
 
-_HEADS, _CHANNELS = Tile(rows=0, warps=4, registers=168), Tile(rows=0, warps=2)
-"""How a chunk is prepared with one decay per head, and with one per channel."""
+_PREPARE = Tile(rows=0, warps=4, registers=168)
+"""How a chunk is prepared."""
+_OUTPUTS = Tile(rows=64, warps=4)
+"""How its outputs are computed: ``rows`` of V."""
 
 
 def delta(
@@ -26,13 +29,14 @@ def delta(
     l2norm: bool,
     scale: float,
     tiles: tuple[Tile, Tile] | None = None,
+    kda_tiles: KdaTiles | None = None,
 ) -> torch.Tensor:
     """See :meth:`MixerKernels.gated_delta`, and :meth:`MixerKernels.kda` where ``g`` has three axes."""
     heads, width = v.shape[1:]
     key_heads, size = k.shape[1:]
     out = torch.empty(v.shape, dtype=v.dtype, device=v.device)
     channels = g.dim() == 3
-    step, scan = tiles or (step_tile(width, size, state.element_size()), delta_tile(width, v.dtype, channels))
+    step, scan = tiles or (step_tile(width, size, state.element_size(), warps=2), delta_tile(width, v.dtype))
     if not batch.num_requests:
         return out
     where = (batch.slots, batch.fresh, batch.query_start)
@@ -48,6 +52,9 @@ def delta(
         )  # fmt: skip
     if batch.max_query_len <= 1:
         return out
+    if channels:
+        kda_prefill(q, k, v, g, beta, state, batch, out, l2norm=l2norm, scale=scale, tiles=kda_tiles)
+        return out
     tokens, length = v.shape[0], scan.tokens
     chunks, firsts = chunk_table(batch, length, tokens)
     count = chunks.shape[0]
@@ -57,31 +64,24 @@ def delta(
     delta_prepare[(count, heads)](
         q, k, g, beta, pairs[0], pairs[1], lines[0], lines[1:], chunks,
         size, tokens, scale, *sides, *decays, *pairs.stride()[1:3],
-        **shared, **blocks, CHANNELS=channels, NORMALISE=l2norm,
-        EXACT="ieee" if v.dtype == torch.float32 else "tf32x3", **(_CHANNELS if channels else _HEADS).options(v.device),
+        **shared, **blocks, NORMALISE=l2norm,
+        EXACT=inversion(v.dtype), **_PREPARE.options(v.device),
     )  # fmt: skip
     options = {"BLOCK_V": scan.rows, **scan.options(v.device)}
     ragged = batch.first_ragged
     walks = (-(-width // scan.rows), heads, batch.num_requests - ragged)
-    longer = tuple(part[ragged:] for part in where)
-    if channels:
-        kda_scan[walks](
-            q, k, v, g, beta, pairs[0], pairs[1], state, out, *longer, size, width, scale,
-            *sides, *v.stride()[:2], *decays, *pairs.stride()[1:3], *state.stride(), *out.stride()[:2],
-            **shared, **blocks, NORMALISE=l2norm, **options,
-        )  # fmt: skip
-        return out
+    longer = tuple(part[ragged:] for part in (*where, firsts))
     before = torch.empty(count, heads, size, width, dtype=v.dtype, device=v.device)
     written = torch.empty(v.shape, dtype=v.dtype, device=v.device)
     delta_states[walks](
-        k, v, beta, pairs[0], lines[0], lines[1:], state, before, written, *longer, firsts[ragged:],
-        size, width, tokens,
+        k, v, beta, pairs[0], lines[0], lines[1:], state, before, written, *longer, size, width, tokens,
         *k.stride()[:2], *v.stride()[:2], beta.stride(0), *pairs.stride()[1:3], *state.stride(),
         *before.stride()[:3], *written.stride()[:2], **shared, **blocks, **options,
     )  # fmt: skip
-    delta_outputs[(-(-width // scan.rows), heads, count)](
+    rows = min(_OUTPUTS.rows, power_of_two(width, 16))
+    delta_outputs[(-(-width // rows), heads, count)](
         q, pairs[1], lines[0], lines[1:], before, written, out, batch.slots, batch.fresh, chunks,
         size, width, tokens, *q.stride()[:2], *pairs.stride()[1:3], *before.stride()[:3], *written.stride()[:2],
-        *out.stride()[:2], **shared, **blocks, BLOCK_V=scan.rows, num_warps=4,
+        *out.stride()[:2], **shared, **blocks, BLOCK_V=rows, **_OUTPUTS.options(v.device),
     )  # fmt: skip
     return out

@@ -106,7 +106,7 @@ class TritonMixers(MixerKernels):
         l2norm: bool = True,
         scale: float | None = None,
     ) -> torch.Tensor:
-        """Chunks of 16 tokens."""
+        """Chunks of 64 tokens (16 in float32)."""
         check_delta(q, k, v, g, beta, state, batch)
         scale = q.shape[-1] ** -0.5 if scale is None else scale
         return delta.delta(q, k, v, g, beta, state, batch, l2norm=l2norm, scale=scale)

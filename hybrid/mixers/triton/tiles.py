@@ -48,15 +48,20 @@ def products(dtype: torch.dtype) -> dict[str, Any]:
     return {"OPERAND": _OPERANDS[dtype], "PRECISION": "tf32"}
 
 
-def step_tile(width: int, size: int, element_bytes: int) -> Tile:
+def inversion(dtype: torch.dtype) -> str:
+    """Precision of the float32 products that invert a chunk's matrix, which is then rounded to ``dtype``."""
+    return "ieee" if dtype == torch.float32 else "tf32"
+
+
+def step_tile(width: int, size: int, element_bytes: int, warps: int = 4) -> Tile:
     """A decode moves its state once: enough bytes a program to hide the latency, few enough registers for several."""
     rows = 16384 // (power_of_two(size) * element_bytes)
-    return Tile(rows=max(1, min(rows, power_of_two(width))), warps=4)
+    return Tile(rows=max(1, min(rows, power_of_two(width))), warps=warps)
 
 
-def delta_tile(width: int, dtype: torch.dtype, channels: bool) -> Tile:
-    """A delta rule's scan; decays per channel are compared pair by pair, which allows only short chunks."""
+def delta_tile(width: int, dtype: torch.dtype) -> Tile:
+    """A gated delta rule's walk over the states."""
     rows = power_of_two(width, 16)
     if dtype == torch.float32:
         return Tile(rows=min(32, rows), tokens=16, warps=4)
-    return Tile(rows=64, tokens=16 if channels else 64, warps=4, stages=1 if channels else 2)
+    return Tile(rows=64, tokens=64, warps=4, stages=2)

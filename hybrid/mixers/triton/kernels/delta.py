@@ -1,10 +1,9 @@
-"""Delta rules, with one decay per head (gated delta net) or per key channel (KDA).
+"""Delta rules: one step, with one decay per head (gated delta net) or per key channel (KDA); chunks of the former.
 
 With G the log decays summed in a chunk, a longer request is, chunk by chunk: written = X beta (v - exp(G) k S),
 out = exp(G) q S + W written, S = exp(G_last) S + (exp(G_last - G) k)' written. ``delta_prepare`` makes X and W of all
 chunks at once; ``delta_states`` walks each request with its state in registers and leaves the state before every chunk
-and what is written; ``delta_outputs`` does the rest for all chunks at once. KDA's chunks are too short for that, so
-``kda_scan`` computes outputs on its walk.
+and what is written; ``delta_outputs`` does the rest for all chunks at once.
 """
 
 import triton
@@ -20,18 +19,30 @@ def inverse_length(x):
 
 
 @triton.jit
-def unit_lower_inverse(a, SIZE: tl.constexpr, PRECISION: tl.constexpr):
-    """(I + a)^-1 of a strictly lower triangular a: blocks of 16 by substitution, then merged two by two."""
-    BLOCKS: tl.constexpr = SIZE // 16
-    own = (tl.arange(0, BLOCKS)[:, None] == tl.arange(0, BLOCKS)[None, :])[:, None, :, None]
-    diagonal = tl.sum(tl.where(own, tl.reshape(a, (BLOCKS, 16, BLOCKS, 16)), 0.0), 2)  # (BLOCKS, 16, 16)
+def merged(x, a, SIZE: tl.constexpr, PRECISION: tl.constexpr):
+    """Inverses (B, 16, 16) of twice the size from those of the SIZE x SIZE blocks on the diagonal."""
     r = tl.arange(0, 16)[None, :, None]
     c = tl.arange(0, 16)[None, None, :]
-    x = tl.where(r == c, 1.0, tl.zeros((BLOCKS, 16, 16), tl.float32))
-    for i in range(15):
-        column = tl.sum(tl.where(c == i, diagonal, 0.0), 2)
-        row = tl.sum(tl.where(r == i, x, 0.0), 1)
-        x -= tl.where(r > i, column[:, :, None] * row[:, None, :], 0.0)
+    below = tl.where((r // (2 * SIZE) == c // (2 * SIZE)) & (r // SIZE > c // SIZE), a, 0.0)
+    return x - tl.dot(tl.dot(x, below, input_precision=PRECISION), x, input_precision=PRECISION)
+
+
+@triton.jit
+def small_inverses(a, PRECISION: tl.constexpr):
+    """(I + a)^-1 of each strictly lower triangular a of (B, 16, 16): single rows, then blocks merged two by two."""
+    r = tl.arange(0, 16)[None, :, None]
+    c = tl.arange(0, 16)[None, None, :]
+    x = tl.where(r == c, 1.0, tl.where((r // 2 == c // 2) & (r > c), -a, 0.0))
+    x = merged(x, a, 2, PRECISION)
+    x = merged(x, a, 4, PRECISION)
+    return merged(x, a, 8, PRECISION)
+
+
+@triton.jit
+def whole_inverse(x, a, SIZE: tl.constexpr, PRECISION: tl.constexpr):
+    """(I + a)^-1 of a strictly lower triangular a, from the inverses (SIZE / 16, 16, 16) on its diagonal."""
+    BLOCKS: tl.constexpr = SIZE // 16
+    own = (tl.arange(0, BLOCKS)[:, None] == tl.arange(0, BLOCKS)[None, :])[:, None, :, None]
     x = tl.reshape(tl.where(own, x[:, :, None, :], 0.0), (SIZE, SIZE))
     r = tl.arange(0, SIZE)[:, None]
     c = tl.arange(0, SIZE)[None, :]
@@ -42,6 +53,15 @@ def unit_lower_inverse(a, SIZE: tl.constexpr, PRECISION: tl.constexpr):
         below = tl.where((r // 64 == c // 64) & (r // 32 > c // 32), a, 0.0)
         x -= tl.dot(tl.dot(x, below, input_precision=PRECISION), x, input_precision=PRECISION)
     return x
+
+
+@triton.jit
+def unit_lower_inverse(a, SIZE: tl.constexpr, PRECISION: tl.constexpr):
+    """(I + a)^-1 of a strictly lower triangular a."""
+    BLOCKS: tl.constexpr = SIZE // 16
+    own = (tl.arange(0, BLOCKS)[:, None] == tl.arange(0, BLOCKS)[None, :])[:, None, :, None]
+    diagonal = tl.sum(tl.where(own, tl.reshape(a, (BLOCKS, 16, BLOCKS, 16)), 0.0), 2)  # (BLOCKS, 16, 16)
+    return whole_inverse(small_inverses(diagonal, PRECISION), a, SIZE, PRECISION)
 
 
 @triton.jit
@@ -102,11 +122,11 @@ def delta_prepare(
     q, k, g, beta, inverses, weights, totals, lengths, chunks,
     key_size, num_tokens, scale,
     q_t, q_h, k_t, k_h, g_t, g_h, beta_t, pair_t, pair_h,
-    HEADS_PER_KEY: tl.constexpr, CHANNELS: tl.constexpr, NORMALISE: tl.constexpr,
+    HEADS_PER_KEY: tl.constexpr, NORMALISE: tl.constexpr,
     BLOCK_K: tl.constexpr, BLOCK_L: tl.constexpr, OPERAND: tl.constexpr, PRECISION: tl.constexpr,
     EXACT: tl.constexpr,
 ):  # fmt: skip
-    """X and W of one chunk and value head, (T, Hv, L) each; with one decay per head also G and both inverse lengths."""
+    """X and W of one chunk and value head, (T, Hv, L) each; G and both inverse lengths."""
     _, _, start, length = chunk_at(chunks, tl.program_id(0))
     if length <= 0:
         return
@@ -125,36 +145,15 @@ def delta_prepare(
     if NORMALISE:
         q_length *= inverse_length(query.to(tl.float32))
         k_length *= inverse_length(key.to(tl.float32))
-    if CHANNELS:
-        decays = tl.load(g + start * g_t + head * g_h + t[:, None] * g_t + i[None, :], mask=inside, other=0.0)
-        total = tl.cumsum(decays.to(tl.float32), 0)
-        keys = key.to(tl.float32)
-        queries = query.to(tl.float32)
-        alike = tl.zeros((BLOCK_L, BLOCK_L), tl.float32)
-        seen = tl.zeros((BLOCK_L, BLOCK_L), tl.float32)
-        reached = tl.zeros((BLOCK_K,), tl.float32)
-        k += start * k_t + key_head * k_h + i
-        g += start * g_t + head * g_h + i
-        for other in range(tl.minimum(BLOCK_L, length)):  # pair by pair: exp(G) times exp(-G) could overflow
-            reached += tl.load(g, mask=rows, other=0.0).to(tl.float32)
-            given = tl.load(k, mask=rows, other=0.0).to(tl.float32)
-            given = given[None, :] * tl.exp(tl.minimum(total - reached[None, :], 0.0))
-            alike = tl.where((t == other)[None, :], tl.sum(keys * given, 1)[:, None], alike)
-            seen = tl.where((t == other)[None, :], tl.sum(queries * given, 1)[:, None], seen)
-            k += k_t
-            g += g_t
-        alike *= k_length[:, None] * k_length[None, :]
-        seen *= q_length[:, None] * k_length[None, :]
-    else:
-        total = tl.cumsum(tl.load(g + (start + t) * g_t + head * g_h, mask=valid, other=0.0).to(tl.float32), 0)
-        gap = tl.exp(tl.minimum(total[:, None] - total[None, :], 0.0)) * k_length[None, :]
-        across = tl.trans(key.to(OPERAND))
-        seen = tl.dot(query.to(OPERAND), across, input_precision=PRECISION) * gap * q_length[:, None]
-        alike = tl.dot(key.to(OPERAND), across, input_precision=PRECISION) * gap * k_length[:, None]
-        line = head.to(tl.int64) * num_tokens + start + t
-        tl.store(totals + line, total, mask=valid)
-        tl.store(lengths + line, k_length, mask=valid)
-        tl.store(lengths + tl.num_programs(1).to(tl.int64) * num_tokens + line, q_length, mask=valid)
+    total = tl.cumsum(tl.load(g + (start + t) * g_t + head * g_h, mask=valid, other=0.0).to(tl.float32), 0)
+    gap = tl.exp(tl.minimum(total[:, None] - total[None, :], 0.0)) * k_length[None, :]
+    across = tl.trans(key.to(OPERAND))
+    seen = tl.dot(query.to(OPERAND), across, input_precision=PRECISION) * gap * q_length[:, None]
+    alike = tl.dot(key.to(OPERAND), across, input_precision=PRECISION) * gap * k_length[:, None]
+    line = head.to(tl.int64) * num_tokens + start + t
+    tl.store(totals + line, total, mask=valid)
+    tl.store(lengths + line, k_length, mask=valid)
+    tl.store(lengths + tl.num_programs(1).to(tl.int64) * num_tokens + line, q_length, mask=valid)
     pairs = (start + t[:, None]) * pair_t + head * pair_h + t[None, :]
     seen = tl.where(t[:, None] >= t[None, :], seen, 0.0)
     tl.store(weights + pairs, seen.to(weights.dtype.element_ty), mask=valid[:, None])
@@ -270,88 +269,3 @@ def delta_outputs(
     new = tl.load(written + t[:, None] * written_t + j[None, :], mask=tokens, other=0.0).to(OPERAND)
     y = tl.dot(weight, new, acc=y, input_precision=PRECISION)
     tl.store(out + t[:, None] * out_t + j[None, :], y.to(out.dtype.element_ty), mask=tokens)
-
-
-@triton.jit
-def kda_scan(
-    q, k, v, g, beta, inverses, weights, state, out, slots, fresh, query_start,
-    key_size, width, scale,
-    q_t, q_h, k_t, k_h, v_t, v_h, g_t, g_h, beta_t, pair_t, pair_h,
-    state_s, state_h, state_k, state_v, out_t, out_h,
-    HEADS_PER_KEY: tl.constexpr, NORMALISE: tl.constexpr,
-    BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_L: tl.constexpr,
-    OPERAND: tl.constexpr, PRECISION: tl.constexpr,
-):  # fmt: skip
-    """A decay per channel: all tokens of one request of several, one head, BLOCK_V columns of its state."""
-    j = tl.program_id(0) * BLOCK_V + tl.arange(0, BLOCK_V)
-    head = tl.program_id(1)
-    request = tl.program_id(2)
-    start = tl.load(query_start + request).to(tl.int64)
-    length = (tl.load(query_start + request + 1) - start).to(tl.int32)
-    if length <= 1:
-        return
-    slot = tl.load(slots + request).to(tl.int64)
-    columns = j < width
-    t = tl.arange(0, BLOCK_L)
-    out += start * out_t + head * out_h
-    if slot < 0:
-        for first in range(0, length, BLOCK_L):
-            where = (first + t < length)[:, None] & columns[None, :]
-            nothing = tl.zeros((BLOCK_L, BLOCK_V), out.dtype.element_ty)
-            tl.store(out + t[:, None] * out_t + j[None, :], nothing, mask=where)
-            out += BLOCK_L * out_t
-        return
-    i = tl.arange(0, BLOCK_K)
-    rows = i < key_size
-    inside = rows[:, None] & columns[None, :]
-    page = state + slot * state_s + head * state_h + i[:, None] * state_k + j[None, :] * state_v
-    known = tl.load(fresh + request) == 0
-    s = tl.load(page, mask=inside & known, other=0.0).to(tl.float32)
-    key_head = head // HEADS_PER_KEY
-    q += start * q_t + key_head * q_h
-    k += start * k_t + key_head * k_h
-    v += start * v_t + head * v_h
-    g += start * g_t + head * g_h
-    beta += start * beta_t + head
-    inverses += start * pair_t + head * pair_h
-    weights += start * pair_t + head * pair_h
-    for first in range(0, length, BLOCK_L):
-        valid = first + t < length
-        sides = valid[:, None] & rows[None, :]
-        query = tl.load(q + t[:, None] * q_t + i[None, :], mask=sides, other=0.0)
-        key = tl.load(k + t[:, None] * k_t + i[None, :], mask=sides, other=0.0)
-        value = tl.load(v + t[:, None] * v_t + j[None, :], mask=valid[:, None] & columns[None, :], other=0.0)
-        pairs = t[:, None] * pair_t + t[None, :]
-        inverse = tl.load(inverses + pairs, mask=valid[:, None], other=0.0).to(OPERAND)
-        weight = tl.load(weights + pairs, mask=valid[:, None], other=0.0).to(OPERAND)
-        amount = tl.load(beta + t * beta_t, mask=valid, other=0.0).to(tl.float32)
-        old = s.to(OPERAND)
-        queries = query.to(tl.float32) * scale
-        keys = key.to(tl.float32)
-        if NORMALISE:
-            queries *= inverse_length(query.to(tl.float32))[:, None]
-            keys *= inverse_length(keys)[:, None]
-        decays = tl.load(g + t[:, None] * g_t + i[None, :], mask=sides, other=0.0).to(tl.float32)
-        total = tl.cumsum(decays, 0)
-        last = tl.sum(decays, 0)
-        reach = tl.exp(total)
-        known_value = tl.dot((keys * reach).to(OPERAND), old, input_precision=PRECISION)
-        y = tl.dot((queries * reach).to(OPERAND), old, input_precision=PRECISION)
-        fed = (keys * tl.exp(last[None, :] - total)).to(OPERAND)
-        s = s * tl.exp(last)[:, None]
-        wanted = (value.to(tl.float32) - known_value) * amount[:, None]
-        written = tl.dot(inverse, wanted.to(OPERAND), input_precision=PRECISION)
-        y = tl.dot(weight, written.to(OPERAND), acc=y, input_precision=PRECISION)
-        s = tl.dot(tl.trans(fed), written.to(OPERAND), acc=s, input_precision=PRECISION)
-        tl.store(
-            out + t[:, None] * out_t + j[None, :], y.to(out.dtype.element_ty), mask=valid[:, None] & columns[None, :]
-        )
-        q += BLOCK_L * q_t  # offsets inside a chunk stay 32-bit
-        k += BLOCK_L * k_t
-        v += BLOCK_L * v_t
-        g += BLOCK_L * g_t
-        beta += BLOCK_L * beta_t
-        inverses += BLOCK_L * pair_t
-        weights += BLOCK_L * pair_t
-        out += BLOCK_L * out_t
-    tl.store(page, s.to(state.dtype.element_ty), mask=inside)
