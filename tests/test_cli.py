@@ -49,6 +49,13 @@ def test_plan_json_is_the_dict_of_the_python_call(capsys):
     assert json.loads(out) == json.loads(json.dumps(expected))
 
 
+def test_a_plan_says_whose_cache_it_is_and_how_to_plan_what_launch_allocates(capsys):
+    said = run(capsys, "plan", NANO, "--platform", "cuda")[1]
+    assert "vllm; launch and prepare allocate for transformers: plan that with --engine transformers" in said
+    said = run(capsys, "plan", NANO, "--platform", "cuda", "--engine", "transformers")[1]
+    assert "transformers, what launch and prepare allocate" in said
+
+
 def test_plan_takes_a_dict_a_file_and_a_directory_alike(capsys):
     from makeready import plan
 
