@@ -76,7 +76,7 @@ def test_list_prints_every_preset(capsys):
 def test_doctor_names_every_platform_and_what_is_not_installed(capsys):
     code, out, _ = run(capsys, "doctor")
     assert code == 0
-    for expected in ("cpu", "cuda", "pip install makeready-xpu", "intel-extension-for-pytorch"):
+    for expected in ("cpu", "cuda", "pip install ./plugins/wheels/makeready-xpu", "intel-extension-for-pytorch"):
         assert expected in out
 
 
@@ -146,13 +146,18 @@ BAD = [
     (("plan", NANO, "--platform", "cuda", "--memory", "1e308GiB"), ("--memory '1e308GiB'", "not a size")),
     (("plan", ".", "--platform", "cuda"), ("the folder /", "has no config.json")),
     (("launch", "/nowhere"), ("/nowhere",)),
-    (("launch", "--platform", "xpu"), ("xpu", "pip install makeready-xpu")),
+    (("launch", "--platform", "xpu"), ("xpu", "pip install ./plugins/wheels/makeready-xpu")),
     (("launch", "--platform", "tpu"), ("tpu", "cpu")),
     (("launch", "--backend", "flesh"), ("flesh", "reference")),
     (("launch", "--block-size", "100", "--backend", "flex"), ("100", "flex")),
     (("launch", "--num-blocks", "2"), ("num_blocks 2", "at least")),
     (("launch", "--max-new-tokens", "0"), ("max_new_tokens", "0")),
     (("launch", "--backend", "reference", "--max-model-len", "16", "--prompt", "class " * 40), ("16",)),
+    (("launch", "--packed-steps", "off"), ("--packed-steps is a switch", "'off'", "write --no-packed-steps")),
+    (("launch", "./checkpoint", "--cuda-graphs", "off"), ("--cuda-graphs", "write --no-cuda-graphs")),
+    (("launch", "--async-scheduling=on"), ("--async-scheduling is a switch", "write --async-scheduling")),
+    (("launch", "--no-compile-layers", "true"), ("--no-compile-layers is a switch", "write --compile-layers")),
+    (("plan", NANO, "--platform", "cuda", "--batch-invariant", "off"), ("--batch-invariant", "leave it out")),
     (("launch", "--backend", "reference", "--prompt", ""), ("prompt", "empty")),
 ]
 
@@ -198,6 +203,24 @@ def test_json_errors_are_json(capsys):
     assert json.loads(out)["error"] == "PlatformError"
     assert json.loads(out)["value"] == "tpu"
     assert err.startswith("error: ")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "option"),
+    [
+        (("plan", NANO, "--platfrom", "cuda"), "--platfrom"),
+        (("plan", NANO, "--tp", "two"), "--tensor-parallel-size"),
+        (("plan",), None),
+        (("launch", "a", "b"), None),
+    ],
+)
+def test_json_of_a_wrong_command_line_is_json(capsys, arguments, option):
+    code, out, err = run(capsys, *arguments, "--json")
+    assert code == 2
+    said = json.loads(out)
+    assert (said["error"], said["option"]) == ("ConfigError", option)
+    assert said["message"] in err
+    assert "Usage: makeready" in err
 
 
 def test_launch_generates_the_same_text_piped_and_as_json(capsys):
