@@ -157,6 +157,11 @@ BAD = [
     (("launch", "./checkpoint", "--cuda-graphs", "off"), ("--cuda-graphs", "write --no-cuda-graphs")),
     (("launch", "--async-scheduling=on"), ("--async-scheduling is a switch", "write --async-scheduling")),
     (("launch", "--no-compile-layers", "true"), ("--no-compile-layers is a switch", "write --compile-layers")),
+    (("launch", "--mamba-cache-mode", "align"), ("mamba_cache_mode 'align'", "use 'none'")),
+    (("launch", "--mixer-backend", "reference", "--no-packed-steps"), ("'reference'", "--no-packed-steps", "leave")),
+    (("launch", "--compile-layers", "--no-packed-steps"), ("--compile-layers", "--no-packed-steps", "leave one")),
+    (("launch", "--cuda-graphs", "--platform", "cpu"), ("--cuda-graphs", "needs a CUDA device", "on cpu")),
+    (("launch", "--cuda-graphs", "--no-packed-steps", "--platform", "cpu"), ("needs a CUDA device", "on cpu")),
     (("plan", NANO, "--platform", "cuda", "--batch-invariant", "off"), ("--batch-invariant", "leave it out")),
     (("launch", "--backend", "reference", "--prompt", ""), ("prompt", "empty")),
 ]
@@ -164,9 +169,10 @@ BAD = [
 
 @pytest.mark.parametrize(("arguments", "named"), BAD, ids=[" ".join(arguments)[:60] for arguments, _ in BAD])
 def test_bad_input_is_a_sentence_and_exit_code_2(capsys, arguments, named):
-    code, _, err = run(capsys, *arguments)
+    code, out, err = run(capsys, *arguments)
     assert code == 2
     assert "Traceback" not in err
+    assert not out or "--prompt" in arguments
     for part in named:
         assert part in err
 
