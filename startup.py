@@ -14,6 +14,7 @@ from .attention_backends.interface import AttentionBackend, Probe
 from .attention_backends.workspace import StepLimits
 from .config import EngineConfig
 from .device import DeviceFacts
+from .engines.asked import require_followed
 from .engines.checkpoint import require_checkpoint
 from .engines.installed import require_torch, require_transformers
 from .errors import ConfigError, PlatformError, PluginError
@@ -172,7 +173,9 @@ def launch(
     config = _as_config(BUNDLED_MODEL if model is None else model, options)
     require_checkpoint(config.model.model)
     require_transformers()
+    require_followed(config)
     ready = prepare(config, plugins=plugins)
+    require_followed(config, ready.device.device_type)
     from .engines.transformers.launching import open_engine
 
     engine = open_engine(ready)

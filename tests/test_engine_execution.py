@@ -159,10 +159,12 @@ def test_if_reading_tokens_raises_the_steps_are_done_again(engine, model, monkey
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"async_scheduling": True}, "async_scheduling needs packed steps"),
-        ({"compile_layers": True, "packed_steps": False}, "compile_layers needs packed steps"),
-        ({"cuda_graphs": True, "packed_steps": True}, "cuda_graphs: the model is not on a CUDA device"),
-        ({"mixer_backend": "reference", "packed_steps": False}, "packed_steps is off"),
+        ({"async_scheduling": True}, r"--async-scheduling .* needs packed steps, .*; add --packed-steps"),
+        ({"compile_layers": True, "packed_steps": False}, "--compile-layers .*, and --no-packed-steps"),
+        ({"cuda_graphs": True, "packed_steps": True}, "needs a CUDA device, and the model is on cpu"),
+        ({"cuda_graphs": True}, "needs a CUDA device, and the model is on cpu"),
+        ({"cuda_graphs": True, "packed_steps": False}, "needs a CUDA device, and the model is on cpu"),
+        ({"mixer_backend": "reference", "packed_steps": False}, "--no-packed-steps .* turns those off"),
     ],
 )
 def test_settings_that_clash_are_refused(model, options, message):
