@@ -13,6 +13,7 @@ import transformers
 from ...cache.group_pool import pool_for
 from ...errors import RequestError
 from ..asked import require_followed
+from .advice import without_kernel_advice
 from .blocks import BlockKeeper
 from .current_device import current
 from .execution import decide
@@ -63,7 +64,8 @@ class TransformersEngine:
         check_model(model, ready)
         self._device: torch.device = model.device
         self.execution = decide(model, ready, self.traits)
-        check_plan(model, self.traits, ready.groups, any_state_dtype=self.execution.packed)
+        with without_kernel_advice(holds=self._device.type == "cuda" and not self.execution.packed):
+            check_plan(model, self.traits, ready.groups, any_state_dtype=self.execution.packed)
         self.pool = pool_for(ready.cache.layout)
         self.scheduler = Scheduler(ready.groups, self.pool, ready.config.scheduler, self.traits, ready.max_model_len)
         self._blocks = BlockKeeper(ready, clear_states=not self.execution.packed, poison_freed=poison_freed)
