@@ -102,11 +102,12 @@ def open_engine(model: Any, asked: argparse.Namespace, cases: Sequence[tuple[int
         "max_num_seqs": max(batch for batch, _, _ in cases),
         "max_num_batched_tokens": asked.tokens,
         "max_model_len": longest,
-        "memory_fraction": asked.memory_fraction,
     }
     for name in ("backend", "mixer_backend", "mamba_ssm_cache_dtype", "memory_bytes", "platform"):
         if getattr(asked, name) is not None:
             options[name] = getattr(asked, name)
+    if asked.memory_bytes is None:
+        options["memory_fraction"] = asked.memory_fraction
     for name in ("packed_steps", "compile_layers", "cuda_graphs", "async_scheduling"):
         if getattr(asked, name) is not None:
             options[name] = getattr(asked, name) == "on"

@@ -270,3 +270,23 @@ def test_prefill_is_not_captured_where_results_must_not_depend_on_the_batch(mode
     from makeready.engines.transformers.execution import _ragged_obstacle
 
     assert "batch" in _ragged_obstacle(make_ready(model, batch_invariant=True), None)
+
+
+def test_compilers_are_asked_for_what_they_know(monkeypatch):
+    import torch._inductor
+
+    from makeready.engines.transformers.packed import opening
+
+    monkeypatch.setattr(torch._inductor, "list_options", lambda: ["combo_kernels"])
+    assert opening._known(opening.ONE_TOKEN) == {"combo_kernels": True}
+    assert opening._known(opening.SEVERAL) == {}
+
+
+def test_the_installed_torch_knows_what_compiled_layers_ask_for():
+    from torch._inductor import list_options
+
+    from makeready.engines.transformers.packed import compiling, opening
+
+    known, version = {*list_options()}, tuple(map(int, torch.__version__.split(".")[:2]))
+    assert {*compiling.BESIDE} <= known
+    assert version < (2, 11) or {*opening.SEVERAL, *opening.ONE_TOKEN} <= known
