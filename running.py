@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
@@ -14,7 +15,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn
 from .config import EngineConfig
 from .engines.asked import require_followed
 from .engines.checkpoint import require_checkpoint
-from .engines.installed import require_transformers
+from .engines.installed import require_torch, require_transformers
 from .report import make_console, plan_summary, reasons
 from .startup import BUNDLED_MODEL, prepare
 
@@ -49,6 +50,8 @@ def run(launch: Launch, options: Mapping[str, Any]) -> dict[str, Any]:
     require_transformers()
     config = EngineConfig.from_options(model=model, **options)
     require_followed(config)
+    if "" in launch.prompts:
+        _require_tokens(model)
     ready = prepare(config)
     require_followed(config, ready.device.device_type)
     facts = ready.to_dict()
@@ -87,6 +90,14 @@ def run(launch: Launch, options: Mapping[str, Any]) -> dict[str, Any]:
             "generate": round(ended - loaded, 3),
         },
     }
+
+
+def _require_tokens(model: Path) -> None:
+    """Whether an empty prompt can be continued is the tokenizer's to say, which only then is asked beforehand."""
+    require_torch()
+    from .engines.transformers.loading import require_tokens
+
+    require_tokens(model, [""])
 
 
 def _generate(engine: TransformersEngine, launch: Launch, console: Console) -> list[Completion]:

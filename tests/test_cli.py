@@ -172,7 +172,7 @@ def test_bad_input_is_a_sentence_and_exit_code_2(capsys, arguments, named):
     code, out, err = run(capsys, *arguments)
     assert code == 2
     assert "Traceback" not in err
-    assert not out or "--prompt" in arguments
+    assert not out or "--max-model-len" in arguments
     for part in named:
         assert part in err
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from ...errors import ModelConfigError
+from ...errors import ModelConfigError, RequestError
 from ..checkpoint import require_checkpoint
 from .families import check_version
 
@@ -55,6 +55,24 @@ def load_model(
     model = model.to(device).eval()
     report("ready", 1.0)
     return model, tokenizer
+
+
+def require_tokens(directory: str | Path, prompts: Sequence[str]) -> None:
+    """Refuse prompts that are no token: an empty text is one where the tokenizer begins every text with a token.
+
+    :raises RequestError: before anything but the tokenizer is loaded.
+    """
+    import transformers
+
+    path = require_checkpoint(directory)
+    _require_tokenizer(path)
+    with _quiet():
+        tokenizer = _guarded(path, "tokenizer", transformers.AutoTokenizer.from_pretrained, path)
+    for prompt in prompts:
+        if not tokenizer.encode(prompt):
+            raise RequestError(
+                "the prompt is empty; give at least one token", option="prompt", value=prompt, expected="some text"
+            )
 
 
 def _guarded(path: Path, what: str, load: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
