@@ -31,7 +31,7 @@ KINDS = (
 def profile_decodes(engine: TransformersEngine, batch: int, prompt: int, *, device: str) -> dict[str, Any]:
     """Milliseconds per step of decodes: by the clock without a profiler, and on the device by kind of kernel.
 
-    ``idle`` is the share of the profiled time in which no kernel ran.
+    ``idle`` is the share of the profiled time in which no kernel was there; one that is set up early and waits is.
 
     :param batch: requests that decode.
     """

@@ -193,11 +193,8 @@ def _setting_constraints(backends: Mapping[int, Capabilities], config: EngineCon
     """Flex's mask block, where the user set it, is its kernel block, which divides the block; so does a kernel tile."""
     if all(backend.name != "flex" for backend in backends.values()):
         return ()
-    for option in ("flex_attn_kv_block_size", "flex_attn_block_n"):
-        wanted = getattr(config.attention, option)
-        if wanted is not None:
-            return (MultipleOf(wanted, owner=option),)
-    return ()
+    wanted = {name: getattr(config.attention, name) for name in ("flex_attn_kv_block_size", "flex_attn_block_n")}
+    return tuple(MultipleOf(tokens, owner=name) for name, tokens in wanted.items() if tokens is not None)
 
 
 def _with_set_kernel_block(decision: BlockSizeDecision, config: EngineConfig) -> BlockSizeDecision:

@@ -39,7 +39,7 @@ class Ring:
     def __init__(self):
         self.itself = self
         x = torch.zeros(1 << 20, device="cuda")
-        self.captured = capture(lambda: (x + 1, x + 2), torch.cuda.graph_pool_handle(), 1)
+        self.captured = capture(lambda: (x + 1, x + 2), torch.cuda.graph_pool_handle())
 
 
 @pytest.mark.cuda
@@ -57,7 +57,7 @@ def test_garbage_does_not_spoil_a_capture():
     for _ in range(5):
         Ring()
         with nothing_collected():
-            captured = capture(run, pool, 1)
+            captured = capture(run, pool)
         captured.graph.replay()
         assert captured.tokens.tolist() == [3.0] * 8
     assert made
@@ -81,7 +81,7 @@ def test_another_thread_may_use_the_device_during_a_capture():
             assert done.wait(30)
         return x * 2, x * 3
 
-    captured = capture(run, torch.cuda.graph_pool_handle(), 1)
+    captured = capture(run, torch.cuda.graph_pool_handle())
     thread.join()
     captured.graph.replay()
     assert captured.logits.tolist() == [2.0] * 8

@@ -261,3 +261,10 @@ def test_compiled_layers_give_the_same_tokens(model, monkeypatch):
 def test_the_likeliest_token_is_the_first_of_the_largest(vocabulary):
     logits = torch.randn(5, vocabulary)
     assert likeliest(logits).tolist() == logits.argmax(-1).tolist()
+
+
+def test_prefill_is_not_captured_where_results_must_not_depend_on_the_batch(model):
+    """Which steps are small enough for a graph depends on who else prefills."""
+    from makeready.engines.transformers.execution import _ragged_obstacle
+
+    assert "batch" in _ragged_obstacle(make_ready(model, batch_invariant=True), None)

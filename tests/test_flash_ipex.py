@@ -9,10 +9,10 @@ import pytest
 import torch
 
 from makeready.attention_backends.flash import FlashBackend
-from makeready.attention_backends.flash.installed import installed_version
 from makeready.attention_backends.flash.ipex import IpexProvider
 from makeready.attention_backends.flash.ipex_attention import IpexAttention
 from makeready.attention_backends.flash.self_check import check_against_reference, differences
+from makeready.attention_backends.installed import installed_version
 from makeready.attention_backends.interface import AttentionCall, BuildRequest
 from makeready.attention_backends.metadata import StepMetadata
 from makeready.attention_backends.reference.impl import ReferenceAttention

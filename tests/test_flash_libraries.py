@@ -15,10 +15,10 @@ from flash_library import aten_flash_attention, flash_attention_3, flash_attenti
 from makeready.attention_backends.flash import FlashBackend
 from makeready.attention_backends.flash.flash_attention_3 import FlashAttention3
 from makeready.attention_backends.flash.flash_attention_4 import FlashAttention4
-from makeready.attention_backends.flash.installed import release
 from makeready.attention_backends.flash.one_call import OneCallAttention
 from makeready.attention_backends.flash.torch_varlen import LEAST_TORCH, TorchVarlen
 from makeready.attention_backends.flash.xpu_kernels import XpuKernels
+from makeready.attention_backends.installed import release
 from makeready.attention_backends.interface import AttentionCall, BuildRequest
 from makeready.attention_backends.reference.impl import ReferenceAttention
 from makeready.cache.specs import AttentionSpec

@@ -204,3 +204,13 @@ def test_v_heads_that_the_asked_provider_does_not_read_are_refused_in_the_plan()
     asked = FlashBackend().configured(AttentionConfig(flash_provider="triton"), device)
     found = asked.declared_refusals(LayerRequest(layer=0, spec=spec, dtype="bfloat16"), device)
     assert any("V's 512" in sentence for sentence in found)
+
+
+def test_latents_are_refused_under_batch_invariance():
+    """Kimi-Linear goes to a backend that promises it."""
+    options = {"platform": "cuda", "engine": "transformers"}
+    model = "moonshotai/Kimi-Linear-48B-A3B-Instruct"
+    ordinary = makeready.plan(model, flash_provider="triton", **options)
+    assert {layer.backend for layer in ordinary.layers if layer.backend} == {"flash"}
+    with pytest.raises(BackendError, match="takes tiles of latents by how many tokens a request brings"):
+        makeready.plan(model, flash_provider="triton", batch_invariant=True, **options)

@@ -9,8 +9,8 @@ from typing import Any
 
 from ...device import DeviceFacts
 from ...errors import BackendError
+from ..installed import installed_version
 from ..interface import AttentionImpl, BuildRequest, Capabilities, Probe
-from .installed import installed_version
 from .providers import FlashProvider
 
 MODULE = "intel_extension_for_pytorch"

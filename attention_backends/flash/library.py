@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any
 from ...cache.specs import AttentionSpec
 from ...device import DeviceFacts
 from ...errors import BackendError
+from ..installed import found_module, installed_version, lacking_parameters, load_attribute
 from ..interface import AttentionImpl, BuildRequest, Probe
-from .installed import found_module, installed_version, lacking_parameters, load_attribute
 from .providers import FlashProvider, build_refusals
 
 if TYPE_CHECKING:

@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 from ...config import LAYOUTS
 from ...device import DeviceFacts
+from ..installed import release
 from ..interface import Capabilities
-from .installed import release
 from .library import HALF, LibraryProvider, capability_refusal
 
 if TYPE_CHECKING:

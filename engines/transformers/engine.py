@@ -7,11 +7,13 @@ from dataclasses import dataclass
 from operator import index
 from typing import Any
 
+import torch
 import transformers
 
 from ...cache.group_pool import pool_for
 from ...errors import ConfigError, RequestError
 from .blocks import BlockKeeper
+from .current_device import current
 from .execution import decide
 from .families import check_version, traits_of
 from .loading import load_model
@@ -58,6 +60,7 @@ class TransformersEngine:
         self.traits = traits_of(model.config.get_text_config(decoder=True).model_type)
         _check_cache_mode(ready)
         check_model(model, ready)
+        self._device: torch.device = model.device
         self.execution = decide(model, ready, self.traits)
         check_plan(model, self.traits, ready.groups, any_state_dtype=self.execution.packed)
         self.pool = pool_for(ready.cache.layout)
@@ -66,7 +69,8 @@ class TransformersEngine:
         self._runner: ModelRunner | None = None
         self._driver: PackedDriver | None = None
         if self.execution.packed:
-            packed = open_packed(model, ready, self.traits, self.execution)
+            with current(self._device):
+                packed = open_packed(model, ready, self.traits, self.execution)
             self._driver = PackedDriver(
                 self.scheduler, self._blocks, packed,
                 deliver=self._deliver, sampler_of=self._sampler_of, ahead=self.execution.async_scheduling,
@@ -138,10 +142,11 @@ class TransformersEngine:
         If the model raises, the requests of the step start over with the next step, and the error goes on; what
         the step had made before comes with the next one.
         """
-        if self._driver is not None:
-            self.num_preemptions += self._driver.step()
-        if self._runner is not None:
-            self._step_in_turn(self._runner)
+        with current(self._device):
+            if self._driver is not None:
+                self.num_preemptions += self._driver.step()
+            if self._runner is not None:
+                self._step_in_turn(self._runner)
         outputs, self._unread = self._unread, []
         return outputs
 

@@ -160,6 +160,8 @@ def _obstacle(model: Any, ready: Ready, traits: Traits, kernels: MixerKernels | 
 
 def _ragged_obstacle(ready: Ready, kernels: MixerKernels | None) -> str:
     """Why steps with prefill cannot be captured though steps of decodes can; empty if they can."""
+    if ready.config.attention.batch_invariant:
+        return "whether a step is captured depends on the batch, and captured prefill reads K and V in another way"
     waiting = sorted({impl.name for impl in ready.attention.values() if not impl.captures_ragged})
     if waiting:
         return f"attention backend {' and '.join(waiting)} must know on the host who has how many tokens"

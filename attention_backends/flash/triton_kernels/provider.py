@@ -80,7 +80,7 @@ class TritonProvider(FlashProvider):
     def invariance_refusal(self, spec: AttentionSpec, device: DeviceFacts) -> str | None:
         """Under batch invariance the tile is fixed, and must hold the query heads of a KV head."""
         if spec.mla:
-            return None
+            return "takes tiles of latents by how many tokens a request brings, which batch_invariant forbids"
         size, group = max(spec.head_size, spec.head_size_v), spec.num_query_heads // spec.num_kv_heads
         tile = invariant_rows(device, size)
         if group <= tile:

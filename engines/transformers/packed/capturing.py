@@ -23,14 +23,14 @@ class Captured:
     tokens: torch.Tensor
 
 
-def capture(run: Run, pool: Any, warm_ups: int) -> Captured:
-    """Run ``run`` and then record it; all of its rows must be padding, so that no request is touched.
+def capture(run: Run, pool: Any) -> Captured:
+    """Run ``run``, which compiles and loads what a capture may not, and then record it.
+
+    All of its rows must be padding, so that no request is touched.
 
     :param pool: memory of graphs that are never replayed at the same time.
-    :param warm_ups: runs before, which compile and load what a capture may not.
     """
-    for _ in range(warm_ups):  # on this stream: on a new one, cuBLAS would take another 32 MiB to work in
-        run()
+    run()  # on this stream: on a new one, cuBLAS would take another 32 MiB to work in
     graph = torch.cuda.CUDAGraph()
     # Other threads may use the device meanwhile; only this one is recorded.
     with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):

@@ -23,8 +23,6 @@ from .rows import Row
 DecodeForward = Callable[[PackedStep, torch.Tensor, torch.Tensor], torch.Tensor]
 """One forward of a step of decodes: ids (B,) and positions (B,) to logits (B, V)."""
 
-WARM_UPS = 1
-
 
 class DecodeGraphs:
     """Captures and replays.
@@ -59,7 +57,7 @@ class DecodeGraphs:
             def run(size: int = size, metadata: Any = metadata) -> tuple[torch.Tensor, torch.Tensor]:
                 return self._run(size, self._builder.captured(size, metadata, self._inputs.states(size)))
 
-            self._captured[size] = capture(run, self._pool, WARM_UPS)
+            self._captured[size] = capture(run, self._pool)
 
     def replay(self, rows: Sequence[Row], seats: Sequence[int]) -> tuple[torch.Tensor, torch.Tensor]:
         """Queue the step of ``rows``; logits (B, V) and tokens (B,), overwritten by the next replay."""

@@ -22,8 +22,6 @@ from .rows import Row
 RaggedForward = Callable[[PackedStep, torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
 """One forward: ids (T,) and positions (T,) to logits (S, V) of tokens (S,)."""
 
-WARM_UPS = 1
-
 
 class RaggedGraphs:
     """Captures and replays.
@@ -60,7 +58,7 @@ class RaggedGraphs:
             def run(bucket: RaggedBucket = bucket, metadata: Any = metadata) -> tuple[torch.Tensor, torch.Tensor]:
                 return self._run(bucket, self._builder.captured_ragged(bucket, metadata, self._inputs.states(bucket)))
 
-            self._captured[bucket] = capture(run, self._pool, WARM_UPS)
+            self._captured[bucket] = capture(run, self._pool)
 
     def replay(
         self, bucket: RaggedBucket, rows: Sequence[Row], seats: Sequence[int]

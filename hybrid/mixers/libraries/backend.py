@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
-from ....attention_backends.flash.installed import (
+from ....attention_backends.installed import (
     found_module,
     installed_version,
     lacking_parameters,
