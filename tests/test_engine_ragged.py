@@ -85,23 +85,3 @@ def test_more_decodes_than_a_step_has_tokens_have_room(dense, monkeypatch):
         steps = use_uncaptured_steps(run.engine, (64,))
         logits, _ = steps.dummy(64)
         assert len(logits) == 64
-
-
-@pytest.mark.parametrize(("family", "kinds"), [("falcon_h1", 1), ("nemotron_h", 4), ("gemma3_text", 2), ("llama", 1)])
-def test_warming_up_runs_one_layer_of_each_kind(family, kinds, dense, monkeypatch):
-    with PackedRun(family, monkeypatch, dense) as run:
-        ragged, runner = use_uncaptured_ragged(run.engine), run.engine._driver._runner
-        layer, entered = type(runner._layers._layers[0]), []
-        forward = layer.forward
-
-        def counted(*args, **kwargs):
-            entered.append(args[0])
-            return forward(*args, **kwargs)
-
-        monkeypatch.setattr(layer, "forward", counted)
-        runner._opening = True
-        logits, _ = ragged.dummy(ragged._buckets[0])
-        runner._opening = False
-        assert len(entered) == kinds
-        assert logits.shape[0] == ragged._buckets[0].rows
-        run.check_all(run.generate())

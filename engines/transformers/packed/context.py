@@ -6,7 +6,7 @@ and kernels stay out of what is compiled, so that layers alike share their code;
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
@@ -58,21 +58,12 @@ class ForwardContext:
     """One forward in progress. ``layer`` moves on as decoder layers run.
 
     :param aside: a stream for attention that a layer's state mixers do not need; None to run one after the other.
-    :param skims: run one layer of each kind only, and let its output stand for those of the others: enough to have
-        everything compiled and loaded, a fraction of the host's time, and good for nothing else.
     """
 
     def __init__(
-        self,
-        binding: Binding,
-        kernels: MixerKernels | None,
-        step: PackedStep,
-        aside: torch.cuda.Stream | None = None,
-        *,
-        skims: bool = False,
+        self, binding: Binding, kernels: MixerKernels | None, step: PackedStep, aside: torch.cuda.Stream | None = None
     ) -> None:
         self.step = step
-        self._skimmed: dict[Hashable, Any] | None = {} if skims else None
         self.aside = aside
         self.begun: Begun | None = None
         """Attention aside, from its beginning to its end."""
@@ -81,15 +72,6 @@ class ForwardContext:
         self._kernels = kernels
         self._scan_heads: dict[int, int] = {}
         self._called: dict[tuple[int, str], int] = {}
-
-    def run_layer(self, index: int, kind: Hashable, run: Callable[[], Any]) -> Any:
-        """What ``run`` returns for layer ``index``, or what an earlier layer of its kind returned."""
-        self.layer = index
-        if self._skimmed is None:
-            return run()
-        if kind not in self._skimmed:
-            self._skimmed[kind] = run()
-        return self._skimmed[kind]
 
     @property
     def kernels(self) -> MixerKernels:
@@ -143,8 +125,6 @@ class ForwardContext:
 
         :raises IntegrityError: naming a layer whose model code went past the kernels: its state is stale now.
         """
-        if self._skimmed is not None:
-            return
         for index, layer in self._binding.states.items():
             for kind, states in (("conv", layer.conv), ("recurrent", layer.recurrent)):
                 if states and (index, kind) not in self._called:

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Sequence
-from functools import partial
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -19,17 +18,15 @@ class DecoderLayers:
     """Holds every layer's ``forward`` from construction to :meth:`release`; outside packed forwards nobody notices.
 
     :param model: a causal language model of transformers.
-    :param kinds: of each layer, what tells it from others whose parameters have the same names and shapes.
     :param run: how a layer of a packed forward is run; None for its own ``forward``.
     :raises UnsupportedModelError: if the model keeps its decoder layers elsewhere.
     """
 
-    def __init__(self, model: Any, kinds: Sequence[Hashable], run: LayerForward | None = None) -> None:
-        self._layers: Sequence[torch.nn.Module] = _decoder_layers(model, len(kinds))
+    def __init__(self, model: Any, num_layers: int, run: LayerForward | None = None) -> None:
+        self._layers: Sequence[torch.nn.Module] = _decoder_layers(model, num_layers)
         self._held: list[Any] = [layer.__dict__.get("forward") for layer in self._layers]
-        for index, (layer, kind) in enumerate(zip(self._layers, kinds, strict=True)):
-            parameters = tuple((name, parameter.shape) for name, parameter in layer.named_parameters())
-            layer.forward = _entered(index, layer, (type(layer), parameters, kind), run or _own_forward)
+        for index, layer in enumerate(self._layers):
+            layer.forward = _entered(index, layer, run or _own_forward)
 
     def release(self) -> None:
         """Give the layers their own ``forward`` back."""
@@ -40,9 +37,10 @@ class DecoderLayers:
                 layer.forward = held
 
 
-def _entered(index: int, layer: torch.nn.Module, kind: Hashable, run: LayerForward) -> Callable[..., Any]:
+def _entered(index: int, layer: torch.nn.Module, run: LayerForward) -> Callable[..., Any]:
     def forward(*args: Any, **kwargs: Any) -> Any:
-        return running().run_layer(index, kind, partial(run, layer, *args, **kwargs))
+        running().layer = index
+        return run(layer, *args, **kwargs)
 
     return forward
 

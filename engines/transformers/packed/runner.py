@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from itertools import accumulate
 from typing import TYPE_CHECKING, Any
@@ -12,7 +12,7 @@ import torch
 from ....cache.staging import stage
 from ....errors import IntegrityError
 from ..attention import PACKED_NAME
-from ..binding import Binding, bind
+from ..binding import bind
 from ..families import Traits
 from ..ledger import StateLedger
 from ..records import Ready
@@ -87,8 +87,7 @@ class PackedRunner:
         )
         gathers = traits.expand_latents is not None and not self._attends_latents
         self._cache = _cache_for(self._binding, gathers)
-        self._layers = DecoderLayers(model, _kinds(self._binding), run_layer)
-        self._opening = False
+        self._layers = DecoderLayers(model, config.num_hidden_layers, run_layer)
         self._stock_attention = model.config._attn_implementation
         register()
         model.set_attn_implementation(PACKED_NAME)
@@ -116,11 +115,9 @@ class PackedRunner:
                 self._run_dummy(lens, self._builder.dummy(lens, lens, decode_only=True))
         captured = [graphs for graphs in (self._ragged, self._graphs) if graphs is not None]
         if captured:
-            self._opening = True
             with nothing_collected():
                 for graphs in captured:
                     graphs.capture()
-            self._opening = False
 
     def _run_dummy(self, lens: Sequence[int], step: PackedStep) -> None:
         nothing = torch.zeros(sum(lens), dtype=torch.int64, device=self._device)
@@ -184,16 +181,11 @@ class PackedRunner:
         keep: torch.Tensor | int,
         aside: torch.cuda.Stream | None = None,
     ) -> torch.Tensor:
-        context = ForwardContext(self._binding, self._kernels, step, aside, skims=self._only_warms_up(step))
+        context = ForwardContext(self._binding, self._kernels, step, aside)
         with self._exchange.active(), self._limits(), forward_of(context):
             logits = self._logits(ids, positions, keep)
         context.check_complete()
         return logits
-
-    def _only_warms_up(self, step: PackedStep) -> bool:
-        """True for the forward before a graph is recorded; the first of one token also compiles, which takes all."""
-        recorded = self._device.type == "cuda" and torch.cuda.is_current_stream_capturing()
-        return self._opening and step.num_tokens > 1 and not recorded
 
     def _logits(self, input_ids: torch.Tensor, positions: torch.Tensor, keep: torch.Tensor | int) -> torch.Tensor:
         """One forward of the model: (T,) ids and positions to (S, V) logits of tokens ``keep``; 0 keeps all."""
@@ -242,16 +234,6 @@ class PackedRunner:
                 value=attention,
                 expected=PACKED_NAME,
             )
-
-
-def _kinds(binding: Binding) -> list[Hashable]:
-    """Of each layer what its attention and its states are."""
-    kinds: list[Hashable] = []
-    for index in range(binding.num_layers):
-        attention, states = binding.attention.get(index), binding.states.get(index)
-        shapes = () if states is None else tuple(state.shape[1:] for state in (*states.conv, *states.recurrent))
-        kinds.append((None if attention is None else attention.spec, shapes))
-    return kinds
 
 
 def _cache_for(binding: Any, gathers: bool) -> PackedCache:
