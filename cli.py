@@ -13,6 +13,7 @@ import click
 from .config import KV_CACHE_DTYPES, LAYOUTS, MAMBA_CACHE_MODES, PAGE_STRATEGIES, EngineConfig
 from .device import parse_bytes
 from .errors import ConfigError, MakereadyError
+from .usage import named, refuse_values_of_switches
 
 if TYPE_CHECKING:
     from .platforms.plan import Plan
@@ -78,7 +79,7 @@ _DECISIONS = _options(
         "--mixer-backend",
         default="auto",
         show_default=True,
-        help="Kernels of state layers: auto, triton, reference or a plugin's.",
+        help="Kernels of state layers: auto, triton, fla, mamba-ssm, causal-conv1d, reference or a plugin's.",
     ),
     click.option("--block-size", type=int, help="KV block size in tokens. Checked and kept, never replaced."),
     click.option(
@@ -396,7 +397,17 @@ def main(arguments: list[str] | None = None) -> None:
     """Entry point of the console script; exits with 0, or 2 on bad input."""
     given = sys.argv[1:] if arguments is None else arguments
     try:
-        cli.main(args=given, prog_name="makeready")
+        if given and given[0] in ("plan", "launch", "doctor"):
+            refuse_values_of_switches(cli.commands[given[0]], given)
+        sys.exit(cli.main(args=given, prog_name="makeready", standalone_mode=False) or 0)
+    except click.ClickException as error:
+        if "--json" in given:
+            _print_json(named(error).to_dict())
+        error.show()
+        sys.exit(error.exit_code)
+    except click.Abort:
+        click.echo("Aborted!", err=True)
+        sys.exit(1)
     except MakereadyError as error:
         if "--json" in given:
             _print_json(error.to_dict())

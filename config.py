@@ -268,6 +268,7 @@ class EngineConfig:
                 value=cache.memory_fraction,
                 expected="0 < memory_fraction <= 1",
             )
+        _require_memory_once(cache, self.device)
         _require_layers("kv_cache_dtype_skip_layers", cache.kv_cache_dtype_skip_layers)
         if attention.flash_provider is not None and attention.backend not in (None, "flash"):
             raise ConfigError(
@@ -279,6 +280,29 @@ class EngineConfig:
             )
         _check_flex_blocks(attention)
         return self
+
+
+def _require_memory_once(cache: CacheConfig, device: DeviceConfig) -> None:
+    """Bytes for the cache are said once: by themselves, or as a share of a device that holds them."""
+    asked, total = cache.memory_bytes, device.device_memory_bytes
+    if asked is None:
+        return
+    if total is not None and asked > total:
+        raise ConfigError(
+            f"memory_bytes {asked} is more than device_memory_bytes {total}, the whole device; leave one of them out",
+            option="memory_bytes",
+            value=asked,
+            expected=f"<= {total}",
+        )
+    usual = CacheConfig().memory_fraction
+    if cache.memory_fraction != usual:
+        raise ConfigError(
+            f"memory_fraction {cache.memory_fraction:g} shares out a device's memory, and memory_bytes {asked} says"
+            " what the cache has; leave one of them out",
+            option="memory_fraction",
+            value=cache.memory_fraction,
+            expected=usual,
+        )
 
 
 def _require_positive(option: str, value: int | None) -> None:

@@ -108,6 +108,7 @@ def _bullet(sentence: str, mark: str = "-") -> RenderableType:
 def _headline(plan: Mapping[str, Any]) -> Iterable[tuple[str, str]]:
     yield "model", f"{plan['model']} ({plan['model_type']}, {plan['dtype']})"
     yield "platform", f"{plan['platform']}{_ranks(plan)}"
+    yield "engine", _engine(plan["engine"])
     yield "attention", _backends_of_layers(plan["layers"])
     kernel = ", ".join(f"{name} {size}" for name, size in plan["kernel_block_sizes"].items())
     yield "block size", f"{plan['block_size']} tokens" + (f" (kernel block: {kernel})" if kernel else "")
@@ -132,6 +133,13 @@ def _headline(plan: Mapping[str, Any]) -> Iterable[tuple[str, str]]:
         f"{plan['page_strategy']}; {plan['waste_estimate_pct']:.2f} % waste at {plan['waste_estimate_tokens']} tokens",
     )
     yield "bytes per block", format_bytes(plan["pool_bytes_per_block"])
+
+
+def _engine(engine: str) -> str:
+    """Whose cache it is: a plan for vLLM has other pages and blocks than what ``launch`` allocates."""
+    if engine == "transformers":
+        return "transformers, what launch and prepare allocate"
+    return f"{engine}; launch and prepare allocate for transformers: plan that with --engine transformers"
 
 
 def _ranks(plan: Mapping[str, Any]) -> str:

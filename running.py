@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TaskProgressColumn, TextColumn
 
+from .config import EngineConfig
+from .engines.asked import require_followed
 from .engines.checkpoint import require_checkpoint
 from .engines.installed import require_transformers
 from .report import make_console, plan_summary, reasons
@@ -45,7 +47,10 @@ def run(launch: Launch, options: Mapping[str, Any]) -> dict[str, Any]:
     launch.params.validated()
     model = require_checkpoint(launch.model or BUNDLED_MODEL)
     require_transformers()
-    ready = prepare(model, **options)
+    config = EngineConfig.from_options(model=model, **options)
+    require_followed(config)
+    ready = prepare(config)
+    require_followed(config, ready.device.device_type)
     facts = ready.to_dict()
     prepared = time.perf_counter()
     console.print(plan_summary(facts))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from inspect import signature
 from pathlib import Path
 from types import MappingProxyType
@@ -14,6 +14,7 @@ from .attention_backends.interface import AttentionBackend, Probe
 from .attention_backends.workspace import StepLimits
 from .config import EngineConfig
 from .device import DeviceFacts
+from .engines.asked import require_followed
 from .engines.checkpoint import require_checkpoint
 from .engines.installed import require_torch, require_transformers
 from .errors import ConfigError, PlatformError, PluginError
@@ -169,10 +170,13 @@ def launch(
     :param params: sampling settings; None is greedy.
     :param options: as for :func:`plan`.
     """
+    _refuse_request_options(options)
     config = _as_config(BUNDLED_MODEL if model is None else model, options)
     require_checkpoint(config.model.model)
     require_transformers()
+    require_followed(config)
     ready = prepare(config, plugins=plugins)
+    require_followed(config, ready.device.device_type)
     from .engines.transformers.launching import open_engine
 
     engine = open_engine(ready)
@@ -180,6 +184,29 @@ def launch(
         return engine.generate(prompts, params, on_progress)
     finally:
         engine.close()
+
+
+def _refuse_request_options(options: Mapping[str, Any]) -> None:
+    """Name the place of what is asked of a request and not of the engine."""
+    from .engines.transformers.records import SamplingParams
+
+    if "prompt" in options:
+        raise ConfigError(
+            f"prompt is not an option of launch: give prompts=[{options['prompt']!r}], a list",
+            option="prompt",
+            value=options["prompt"],
+            expected="prompts",
+        )
+    known = {setting.name for setting in fields(EngineConfig().model)}
+    for option in (setting.name for setting in fields(SamplingParams)):
+        if option in options and option not in known:
+            raise ConfigError(
+                f"{option} says how a request is sampled: give params=SamplingParams({option}={options[option]!r}), "
+                "from makeready.engines.transformers.records",
+                option=option,
+                value=options[option],
+                expected="params=SamplingParams(...)",
+            )
 
 
 def _as_config(model: Model | EngineConfig, options: Mapping[str, Any]) -> EngineConfig:

@@ -102,11 +102,12 @@ def open_engine(model: Any, asked: argparse.Namespace, cases: Sequence[tuple[int
         "max_num_seqs": max(batch for batch, _, _ in cases),
         "max_num_batched_tokens": asked.tokens,
         "max_model_len": longest,
-        "memory_fraction": asked.memory_fraction,
     }
     for name in ("backend", "mixer_backend", "mamba_ssm_cache_dtype", "memory_bytes", "platform"):
         if getattr(asked, name) is not None:
             options[name] = getattr(asked, name)
+    if asked.memory_bytes is None:
+        options["memory_fraction"] = asked.memory_fraction
     for name in ("packed_steps", "compile_layers", "cuda_graphs", "async_scheduling"):
         if getattr(asked, name) is not None:
             options[name] = getattr(asked, name) == "on"
@@ -220,14 +221,20 @@ def _options() -> argparse.ArgumentParser:
     options.add_argument("--case", action="append", metavar="BATCH,PROMPT,NEW", help="repeatable; default: all")
     options.add_argument("--stock", type=int, default=256, metavar="BATCH", help="largest for generate (default 256)")
     options.add_argument("--tokens", type=positive, default=8192, help="max_num_batched_tokens (default 8192)")
-    options.add_argument("--memory-fraction", type=float, default=0.8)
-    options.add_argument("--memory-bytes", type=positive)
-    options.add_argument("--platform")
-    options.add_argument("--backend")
-    options.add_argument("--mixer-backend")
-    options.add_argument("--mamba-ssm-cache-dtype")
-    for name in ("packed-steps", "compile-layers", "cuda-graphs", "async-scheduling"):
-        options.add_argument(f"--{name}", choices=("on", "off"))
+    share = "share of the device's memory for weights, cache and attention kernels (default 0.8)"
+    options.add_argument("--memory-fraction", type=float, default=0.8, metavar="SHARE", help=share)
+    options.add_argument("--memory-bytes", type=positive, help="memory for the cache instead, in bytes")
+    options.add_argument("--platform", help="platform: cpu, cuda, xpu or a plugin's (default: the best that probes)")
+    options.add_argument("--backend", help="attention backend for every layer (default: the platform's choice)")
+    options.add_argument("--mixer-backend", help="kernels of state layers (default: the platform's choice)")
+    options.add_argument("--mamba-ssm-cache-dtype", help="dtype of recurrent states (default: the family's rule)")
+    for name, what in (
+        ("packed-steps", "one forward per step for all requests"),
+        ("compile-layers", "compile decoder layers"),
+        ("cuda-graphs", "replay steps of decodes as CUDA graphs"),
+        ("async-scheduling", "prepare the next step while the device works"),
+    ):
+        options.add_argument(f"--{name}", choices=("on", "off"), help=f"{what} (default: the engine's choice)")
     return options
 
 

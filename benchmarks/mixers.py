@@ -35,7 +35,8 @@ TOLERANCE = 1e-2
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the benchmark; 1 if any case failed or was wrong."""
     options = parser("mixers", __doc__)
-    options.add_argument("--kernels", default="triton", help="mixer kernels: triton, reference or a plugin's")
+    known = "triton (default), fla, mamba-ssm, causal-conv1d, reference or a plugin's"
+    options.add_argument("--kernels", default="triton", help=known)
     options.add_argument("--only", nargs="*", default=[], help="cases whose names contain one of these")
     options.add_argument("--small", action="store_true", help="one small case per mixer")
     asked = options.parse_args(arguments)

@@ -163,6 +163,7 @@ def served_max_model_len(
 def _count(
     stage: StagePlan, config: EngineConfig, budget: int | None, num_blocks: int | None, max_model_len: int
 ) -> Capacity:
+    _require_blocks_to_fit(stage.shape.block_bytes, config)
     return plan_capacity(
         stage.groups,
         stage.shape,
@@ -171,4 +172,20 @@ def _count(
         lengths=tuple(sorted({n for n in (*LENGTHS, max_model_len) if n <= max_model_len})),
         max_model_len=max_model_len,
         holding=holding_of(config),
+    )
+
+
+def _require_blocks_to_fit(block_bytes: int, config: EngineConfig) -> None:
+    """Blocks that the user counts need no more than the memory that the user names, if both are there."""
+    asked, said = config.cache.num_blocks, ("memory_bytes", config.cache.memory_bytes)
+    if said[1] is None:
+        said = ("device_memory_bytes", config.device.device_memory_bytes)
+    if asked is None or said[1] is None or asked * block_bytes <= said[1]:
+        return
+    raise CapacityError(
+        f"num_blocks {asked} of {format_bytes(block_bytes)} take {format_bytes(asked * block_bytes)}, and {said[0]} is "
+        f"{format_bytes(said[1])}: {said[1] // block_bytes} blocks fit; leave one of them out",
+        option="num_blocks",
+        value=asked,
+        expected=f"<= {said[1] // block_bytes}",
     )

@@ -156,7 +156,10 @@ def _ipex_note(versions: tuple[tuple[str, str], ...]) -> str:
     installed = dict(versions)
     if IPEX in installed:
         return ipex_clash() or f"{IPEX} {installed[IPEX]} is installed"
-    return f"{IPEX} (IPEX) is not installed (pip install 'makeready-xpu[ipex]')"
+    return (
+        f"{IPEX} (IPEX) is not installed (pip install './plugins/wheels/makeready-xpu[ipex]', in a clone of "
+        "makeready's repository)"
+    )
 
 
 def _with_notes(reason: str, *notes: str | None) -> str:

@@ -16,6 +16,11 @@ WHEELS: Mapping[str, str] = {"cuda": "makeready-cuda", "xpu": "makeready-xpu"}
 """Platforms that the package plans for and a wheel of ours runs."""
 
 
+def install_command(platform: str) -> str:
+    """How to get the wheel of a platform in :data:`WHEELS`: it is not on PyPI, the repository has it."""
+    return f"pip install ./plugins/wheels/{WHEELS[platform]}, in a clone of makeready's repository"
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Candidate:
     """One platform as the selection saw it."""
@@ -235,7 +240,7 @@ def _not_provided(
     if asked in WHEELS:
         return PlatformError(
             f"platform {asked!r} can be planned for here, but to run on it install its wheel: "
-            f"pip install {WHEELS[asked]}",
+            f"{install_command(asked)}",
             option="platform",
             value=asked,
             expected=_choose_from(names),

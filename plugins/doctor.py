@@ -14,7 +14,7 @@ from ..errors import MakereadyError
 from ..platforms.interface import Platform
 from ..platforms.known import plannable_platforms
 from ..platforms.provider import PlatformProvider, PluginProblem, ProbeResult, describe_exception
-from ..platforms.selection import WHEELS, auto_order, run_probe, select_platform
+from ..platforms.selection import WHEELS, auto_order, install_command, run_probe, select_platform
 from ..platforms.software import (
     IPEX,
     TRITON_PACKAGES,
@@ -245,10 +245,10 @@ def _planned_device(platform: Platform) -> DeviceFacts:
 def _only_planned(plugins: Plugins, probes: dict[str, ProbeResult]) -> Sequence[PlatformReport]:
     """Platforms that the package plans for and whose wheel is not installed."""
     reports, platforms = [], plannable_platforms(plugins.providers)
-    for name, wheel in WHEELS.items():
+    for name in WHEELS:
         if name not in probes:
             broken = next((problem for problem in plugins.problems if problem.may_provide(name)), None)
-            reason = f"{name} can be planned for; to run on it: pip install {wheel}"
+            reason = f"{name} can be planned for; to run on it: {install_command(name)}"
             if broken is not None:
                 reason = f"{name} can be planned for; its wheel is installed and broken: {broken.exception}"
             backends, mixers, _ = _backends(plugins, _planned_device(platforms[name]))

@@ -49,6 +49,13 @@ def test_plan_json_is_the_dict_of_the_python_call(capsys):
     assert json.loads(out) == json.loads(json.dumps(expected))
 
 
+def test_a_plan_says_whose_cache_it_is_and_how_to_plan_what_launch_allocates(capsys):
+    said = run(capsys, "plan", NANO, "--platform", "cuda")[1]
+    assert "vllm; launch and prepare allocate for transformers: plan that with --engine transformers" in said
+    said = run(capsys, "plan", NANO, "--platform", "cuda", "--engine", "transformers")[1]
+    assert "transformers, what launch and prepare allocate" in said
+
+
 def test_plan_takes_a_dict_a_file_and_a_directory_alike(capsys):
     from makeready import plan
 
@@ -69,7 +76,7 @@ def test_list_prints_every_preset(capsys):
 def test_doctor_names_every_platform_and_what_is_not_installed(capsys):
     code, out, _ = run(capsys, "doctor")
     assert code == 0
-    for expected in ("cpu", "cuda", "pip install makeready-xpu", "intel-extension-for-pytorch"):
+    for expected in ("cpu", "cuda", "pip install ./plugins/wheels/makeready-xpu", "intel-extension-for-pytorch"):
         assert expected in out
 
 
@@ -139,22 +146,33 @@ BAD = [
     (("plan", NANO, "--platform", "cuda", "--memory", "1e308GiB"), ("--memory '1e308GiB'", "not a size")),
     (("plan", ".", "--platform", "cuda"), ("the folder /", "has no config.json")),
     (("launch", "/nowhere"), ("/nowhere",)),
-    (("launch", "--platform", "xpu"), ("xpu", "pip install makeready-xpu")),
+    (("launch", "--platform", "xpu"), ("xpu", "pip install ./plugins/wheels/makeready-xpu")),
     (("launch", "--platform", "tpu"), ("tpu", "cpu")),
     (("launch", "--backend", "flesh"), ("flesh", "reference")),
     (("launch", "--block-size", "100", "--backend", "flex"), ("100", "flex")),
     (("launch", "--num-blocks", "2"), ("num_blocks 2", "at least")),
     (("launch", "--max-new-tokens", "0"), ("max_new_tokens", "0")),
     (("launch", "--backend", "reference", "--max-model-len", "16", "--prompt", "class " * 40), ("16",)),
+    (("launch", "--packed-steps", "off"), ("--packed-steps is a switch", "'off'", "write --no-packed-steps")),
+    (("launch", "./checkpoint", "--cuda-graphs", "off"), ("--cuda-graphs", "write --no-cuda-graphs")),
+    (("launch", "--async-scheduling=on"), ("--async-scheduling is a switch", "write --async-scheduling")),
+    (("launch", "--no-compile-layers", "true"), ("--no-compile-layers is a switch", "write --compile-layers")),
+    (("launch", "--mamba-cache-mode", "align"), ("mamba_cache_mode 'align'", "use 'none'")),
+    (("launch", "--mixer-backend", "reference", "--no-packed-steps"), ("'reference'", "--no-packed-steps", "leave")),
+    (("launch", "--compile-layers", "--no-packed-steps"), ("--compile-layers", "--no-packed-steps", "leave one")),
+    (("launch", "--cuda-graphs", "--platform", "cpu"), ("--cuda-graphs", "needs a CUDA device", "on cpu")),
+    (("launch", "--cuda-graphs", "--no-packed-steps", "--platform", "cpu"), ("needs a CUDA device", "on cpu")),
+    (("plan", NANO, "--platform", "cuda", "--batch-invariant", "off"), ("--batch-invariant", "leave it out")),
     (("launch", "--backend", "reference", "--prompt", ""), ("prompt", "empty")),
 ]
 
 
 @pytest.mark.parametrize(("arguments", "named"), BAD, ids=[" ".join(arguments)[:60] for arguments, _ in BAD])
 def test_bad_input_is_a_sentence_and_exit_code_2(capsys, arguments, named):
-    code, _, err = run(capsys, *arguments)
+    code, out, err = run(capsys, *arguments)
     assert code == 2
     assert "Traceback" not in err
+    assert not out or "--prompt" in arguments
     for part in named:
         assert part in err
 
@@ -191,6 +209,24 @@ def test_json_errors_are_json(capsys):
     assert json.loads(out)["error"] == "PlatformError"
     assert json.loads(out)["value"] == "tpu"
     assert err.startswith("error: ")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "option"),
+    [
+        (("plan", NANO, "--platfrom", "cuda"), "--platfrom"),
+        (("plan", NANO, "--tp", "two"), "--tensor-parallel-size"),
+        (("plan",), None),
+        (("launch", "a", "b"), None),
+    ],
+)
+def test_json_of_a_wrong_command_line_is_json(capsys, arguments, option):
+    code, out, err = run(capsys, *arguments, "--json")
+    assert code == 2
+    said = json.loads(out)
+    assert (said["error"], said["option"]) == ("ConfigError", option)
+    assert said["message"] in err
+    assert "Usage: makeready" in err
 
 
 def test_launch_generates_the_same_text_piped_and_as_json(capsys):

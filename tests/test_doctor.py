@@ -46,8 +46,8 @@ def test_without_plugins_cpu_is_chosen_and_the_wheels_are_named():
     assert seen["cpu"]["chosen"]
     assert {"flash", "flex", "reference"} <= {backend["name"] for backend in seen["cpu"]["backends"]}
     assert all(backend["reason"] for backend in seen["cpu"]["backends"])
-    assert "pip install makeready-cuda" in seen["cuda"]["reason"]
-    assert "pip install makeready-xpu" in seen["xpu"]["reason"]
+    assert "pip install ./plugins/wheels/makeready-cuda" in seen["cuda"]["reason"]
+    assert "pip install ./plugins/wheels/makeready-xpu" in seen["xpu"]["reason"]
 
 
 def test_the_report_is_json_and_lists_software_that_is_not_there():
@@ -74,3 +74,13 @@ def test_probes_that_raise_are_shown_and_the_report_goes_on():
     assert (rude["available"], rude["reason"]) == (False, "its probe raised OSError: no such driver, which it must not")
     assert report.auto is None  # launch would refuse too: the probe may have meant "yes"
     assert [(problem.name, problem.stage) for problem in report.problems] == [("acme", "probe")]
+
+
+def test_what_a_device_rules_out_is_said_before_what_is_not_installed():
+    seen = platforms(examine(load_plugins(entry_points=())))
+    triton = next(mixer for mixer in seen["cpu"]["mixers"] if mixer["name"] == "triton")
+    assert triton["reason"] == "triton has kernels for cuda, xpu, not for cpu"
+    flash = next(backend for backend in seen["xpu"]["backends"] if backend["name"] == "flash")
+    ipex = next(provider for provider in flash["providers"] if provider["name"] == "ipex")
+    assert "is not used on XPU" in ipex["reason"]
+    assert "pip install" not in ipex["reason"]

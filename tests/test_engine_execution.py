@@ -159,10 +159,12 @@ def test_if_reading_tokens_raises_the_steps_are_done_again(engine, model, monkey
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"async_scheduling": True}, "async_scheduling needs packed steps"),
-        ({"compile_layers": True, "packed_steps": False}, "compile_layers needs packed steps"),
-        ({"cuda_graphs": True, "packed_steps": True}, "cuda_graphs: the model is not on a CUDA device"),
-        ({"mixer_backend": "reference", "packed_steps": False}, "packed_steps is off"),
+        ({"async_scheduling": True}, r"--async-scheduling .* needs packed steps, .*; add --packed-steps"),
+        ({"compile_layers": True, "packed_steps": False}, "--compile-layers .*, and --no-packed-steps"),
+        ({"cuda_graphs": True, "packed_steps": True}, "needs a CUDA device, and the model is on cpu"),
+        ({"cuda_graphs": True}, "needs a CUDA device, and the model is on cpu"),
+        ({"cuda_graphs": True, "packed_steps": False}, "needs a CUDA device, and the model is on cpu"),
+        ({"mixer_backend": "reference", "packed_steps": False}, "--no-packed-steps .* turns those off"),
     ],
 )
 def test_settings_that_clash_are_refused(model, options, message):
@@ -268,3 +270,23 @@ def test_prefill_is_not_captured_where_results_must_not_depend_on_the_batch(mode
     from makeready.engines.transformers.execution import _ragged_obstacle
 
     assert "batch" in _ragged_obstacle(make_ready(model, batch_invariant=True), None)
+
+
+def test_compilers_are_asked_for_what_they_know(monkeypatch):
+    import torch._inductor
+
+    from makeready.engines.transformers.packed import opening
+
+    monkeypatch.setattr(torch._inductor, "list_options", lambda: ["combo_kernels"])
+    assert opening._known(opening.ONE_TOKEN) == {"combo_kernels": True}
+    assert opening._known(opening.SEVERAL) == {}
+
+
+def test_the_installed_torch_knows_what_compiled_layers_ask_for():
+    from torch._inductor import list_options
+
+    from makeready.engines.transformers.packed import compiling, opening
+
+    known, version = {*list_options()}, tuple(map(int, torch.__version__.split(".")[:2]))
+    assert {*compiling.BESIDE} <= known
+    assert version < (2, 11) or {*opening.SEVERAL, *opening.ONE_TOKEN} <= known

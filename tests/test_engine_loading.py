@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 
 import pytest
 import torch
@@ -92,7 +93,16 @@ def test_weights_of_another_shape_are_refused(copy):
     config = json.loads((copy / "config.json").read_text())
     config["hidden_size"] = 32
     (copy / "config.json").write_text(json.dumps(config))
-    with pytest.raises(ModelConfigError, match="the weights in .*"):
+    with pytest.raises(ModelConfigError, match="the weights in .* have other shapes than its config.json") as refused:
+        load_model(copy)
+    assert re.search(r"[a-z._0-9]+ \[.*\d\], not \[.*32.*\];", str(refused.value))
+    assert "more; use the config.json that these weights came with" in str(refused.value)
+    assert "ignore_mismatched_sizes" not in str(refused.value)
+
+
+def test_a_missing_tokenizer_is_named(copy):
+    (copy / "tokenizer.json").unlink()
+    with pytest.raises(ModelConfigError, match=r"no tokenizer.json in .*; copy it there"):
         load_model(copy)
 
 

@@ -214,7 +214,7 @@ def test_what_is_not_installed_says_how_to_get_it(provider_type):
         (
             installed(XpuKernels, functions={"FA2_AVAILABLE": False, "FA2_UNAVAILABLE_REASON": "libze.so.1: no"}),
             CPU,
-            "vLLM's XPU kernels 0.1.16 do not load: libze.so.1: no",
+            "vllm-xpu-kernels 0.1.16 does not load: libze.so.1: no",
         ),
     ],
 )  # fmt: skip

@@ -18,7 +18,7 @@ from makeready.cache.grouping import group_layers, pool_bytes_per_block, slots_p
 from makeready.cache.specs import AttentionSpec, LayerSpec, MambaSpec, StateTensor
 from makeready.config import EngineConfig
 from makeready.device import DeviceFacts
-from makeready.errors import BackendError, CapacityError, ConfigError
+from makeready.errors import BackendError, CapacityError, ConfigError, MakereadyError
 from makeready.hybrid.model_specs import ModelSpec, read_model
 from makeready.hybrid.presets import preset_names
 from makeready.platforms.cpu import CPU
@@ -294,3 +294,21 @@ def test_a_misspelled_setting_is_told_what_was_meant(wrote, meant):
 def test_a_setting_that_resembles_none_is_told_where_they_are():
     with pytest.raises(ConfigError, match="setting 'xyz' is not known; .*docs/reference/settings.md"):
         mr.plan(NANO, platform="cuda", xyz=2)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"num_blocks": 10_000, "memory_bytes": 1 << 30}, "num_blocks 10000 .* memory_bytes is 1.00 GiB: .* fit"),
+        ({"num_blocks": 10_000, "device_memory_bytes": 1 << 30}, "num_blocks 10000 .* device_memory_bytes is 1.00 GiB"),
+        ({"memory_bytes": 2 << 30, "device_memory_bytes": 1 << 30}, "is more than device_memory_bytes"),
+        ({"memory_bytes": 2 << 30, "memory_fraction": 0.5}, "memory_fraction 0.5 shares out .* leave one of them out"),
+    ],
+)
+def test_memory_that_is_said_twice_and_differs_is_refused(options, message):
+    with pytest.raises(MakereadyError, match=message):
+        planned("Qwen/Qwen3-8B", **options)
+
+
+def test_blocks_that_fit_into_the_memory_beside_them_are_planned():
+    assert planned("Qwen/Qwen3-8B", num_blocks=100, memory_bytes=1 << 30, max_model_len=64).capacity.num_blocks == 100

@@ -97,7 +97,7 @@ def test_asking_for_what_only_a_broken_plugin_provides_names_it(problem):
 
 
 def test_asking_for_cuda_without_its_wheel_says_what_to_install():
-    with pytest.raises(PlatformError, match="pip install makeready-cuda"):
+    with pytest.raises(PlatformError, match="pip install ./plugins/wheels/makeready-cuda"):
         select_platform([provider("cpu")], "cuda")
 
 

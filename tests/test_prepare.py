@@ -79,6 +79,19 @@ def test_memory_that_no_request_can_use_is_not_allocated():
     assert large.cache.layout.num_blocks == need(4, 4 * attention)
 
 
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"max_new_tokens": 3}, r"give params=SamplingParams\(max_new_tokens=3\)"),
+        ({"temperature": 0.5}, r"give params=SamplingParams\(temperature=0.5\)"),
+        ({"prompt": "A class"}, r"give prompts=\['A class'\]"),
+    ],
+)
+def test_what_is_asked_of_a_request_is_no_option_of_launch(options, message):
+    with pytest.raises(ConfigError, match=message):
+        makeready.launch(**options)
+
+
 def test_a_layout_that_the_backend_cannot_read_is_refused_by_name():
     with pytest.raises(ConfigError, match="layout 'NDH' is not known"):
         makeready.prepare(layout="NDH")

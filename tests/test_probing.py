@@ -166,7 +166,7 @@ def test_xpu_devices_are_facts_and_ipex_is_named(fake_torch, installed):
 
 def test_ipex_that_is_missing_or_does_not_load_in_this_torch_is_named(installed):
     installed(torch="2.13.0+cpu")
-    assert "(IPEX) is not installed (pip install 'makeready-xpu[ipex]')" in probe_xpu().reason
+    assert "(IPEX) is not installed (pip install './plugins/wheels/makeready-xpu[ipex]'" in probe_xpu().reason
     installed(torch="2.13.0+cpu", intel_extension_for_pytorch="2.8.0")
     assert "loads only in torch 2.8.*, found torch 2.13.0+cpu" in probe_xpu().reason
     assert "loads only in torch 2.8.*" in probe_cpu().reason

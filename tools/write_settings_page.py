@@ -11,7 +11,9 @@ HEAD = """# Settings
 
 Every setting of `EngineConfig`, by part. The same names are options of `makeready.plan`, `prepare` and `launch` in
 Python, and with dashes of the command line, which `makeready plan --help` and `makeready launch --help` list (in short:
-`--tp`, `--pp`, `--dp`, `--memory`, `--device-memory`, `--provider`). `None` and `auto` mean that makeready chooses and
+`--tp`, `--pp`, `--dp`, `--memory`, `--device-memory`, `--provider`). What is on or off is a switch there, without a
+value: `--batch-invariant`, and `--packed-steps` or `--no-packed-steps` (so, too, `compile-layers`, `cuda-graphs` and
+`async-scheduling`), where leaving both out lets the engine choose. `None` and `auto` mean that makeready chooses and
 says why; only `plan` has to be told its platform. This page is written by `tools/write_settings_page.py`.
 """
 

@@ -93,18 +93,18 @@ class IpexProvider(FlashProvider):
 
     def _why_not(self, device: DeviceFacts) -> str | None:
         """The first thing in the way, or ``None``."""
+        if device.device_type == "xpu":
+            return (
+                "Intel Extension for PyTorch is not used on XPU: its kernels there take only K and V that are "
+                "contiguous, makeready keeps K and V of a block in one page, and no copy of the cache is made; "
+                "never run on an XPU (vllm-xpu-kernels reads such pages)"
+            )
         ipex, torch = self._version_of("intel-extension-for-pytorch"), self._torch()
         if ipex is None:
             return f"Intel Extension for PyTorch is not installed ({INSTALL})"
         if torch is None or _minor(torch) != _minor(ipex):
             found = "torch is not installed" if torch is None else f"torch {torch} is installed"
             return f"Intel Extension for PyTorch {ipex} needs torch {_minor(ipex)}, but {found} ({INSTALL})"
-        if device.device_type == "xpu":
-            return (
-                f"Intel Extension for PyTorch {ipex} is not used on XPU: its kernels there take only K and V that are "
-                "contiguous, makeready keeps K and V of a block in one page, and no copy of the cache is made; "
-                "never run on an XPU (vllm-xpu-kernels reads such pages)"
-            )
         return self._why_not_loaded(ipex)
 
     def _why_not_loaded(self, ipex: str) -> str | None:

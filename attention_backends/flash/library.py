@@ -72,9 +72,11 @@ class LibraryProvider(FlashProvider):
 
     def why_not(self, device: DeviceFacts) -> str | None:
         """The first thing in the way, or ``None``."""
+        if refusal := self.device_refusal(device):
+            return refusal
         if not self._found(self.module):
             return f"{self.title} is not installed ({self.install})"
-        return self.device_refusal(device) or self.version_refusal() or self._load_refusal()
+        return self.version_refusal() or self._load_refusal()
 
     def version_refusal(self) -> str | None:
         """Why this version cannot serve, before anything is imported."""

@@ -22,7 +22,7 @@ class XpuKernels(LibraryProvider):
 
     name = "xpu-kernels"
     device_types = frozenset({"xpu"})
-    title = "vLLM's XPU kernels"
+    title = "vllm-xpu-kernels"
     module = "vllm_xpu_kernels.flash_attn_interface"
     function = "flash_attn_varlen_func"
     parameters = (
@@ -62,7 +62,7 @@ class XpuKernels(LibraryProvider):
         """The package imports everywhere; its libraries may not have loaded."""
         if self._load(self.module, "FA2_AVAILABLE"):
             return None
-        return f"{self.title} {self.version()} do not load: {self._load(self.module, 'FA2_UNAVAILABLE_REASON')}"
+        return f"{self.title} {self.version()} does not load: {self._load(self.module, 'FA2_UNAVAILABLE_REASON')}"
 
     def attend(self, function: Callable[..., Any], call: KernelCall) -> torch.Tensor:
         """The shape of its interface is FlashAttention 2's, with the pages' table and lengths by name.

@@ -11,7 +11,9 @@ import torch
 import transformers
 
 from ...cache.group_pool import pool_for
-from ...errors import ConfigError, RequestError
+from ...errors import RequestError
+from ..asked import require_followed
+from .advice import without_kernel_advice
 from .blocks import BlockKeeper
 from .current_device import current
 from .execution import decide
@@ -58,11 +60,12 @@ class TransformersEngine:
     def __init__(self, model: Any, tokenizer: Tokenizer | None, ready: Ready, *, poison_freed: bool = False) -> None:
         check_version(transformers.__version__)
         self.traits = traits_of(model.config.get_text_config(decoder=True).model_type)
-        _check_cache_mode(ready)
+        require_followed(ready.config, model.device.type)
         check_model(model, ready)
         self._device: torch.device = model.device
         self.execution = decide(model, ready, self.traits)
-        check_plan(model, self.traits, ready.groups, any_state_dtype=self.execution.packed)
+        with without_kernel_advice(holds=self._device.type == "cuda" and not self.execution.packed):
+            check_plan(model, self.traits, ready.groups, any_state_dtype=self.execution.packed)
         self.pool = pool_for(ready.cache.layout)
         self.scheduler = Scheduler(ready.groups, self.pool, ready.config.scheduler, self.traits, ready.max_model_len)
         self._blocks = BlockKeeper(ready, clear_states=not self.execution.packed, poison_freed=poison_freed)
@@ -343,16 +346,6 @@ def _per_prompt(
             option="params", value=len(params), expected=len(prompts),
         )  # fmt: skip
     return list(params)
-
-
-def _check_cache_mode(ready: Ready) -> None:
-    mode = ready.config.cache.mamba_cache_mode
-    if mode != "none":
-        raise ConfigError(
-            f"mamba_cache_mode {mode!r} keeps states at block boundaries, for prefix caching, which the embedded"
-            " engine does not do; use 'none'",
-            option="mamba_cache_mode", value=mode, expected="none",
-        )  # fmt: skip
 
 
 def _eos_tokens(model: Any) -> frozenset[int]:

@@ -9,6 +9,7 @@ import torch
 
 from ...config import ExecutionConfig
 from ...errors import ConfigError, UnsupportedModelError
+from ..asked import PACKED_ONLY, require_followed, switch
 from .families import Traits
 from .records import Ready
 
@@ -39,6 +40,7 @@ def decide(model: Any, ready: Ready, traits: Traits) -> Execution:
     :raises ConfigError: for settings that clash.
     :raises UnsupportedModelError: for packed steps of a family that has none, where they were asked for.
     """
+    require_followed(ready.config, model.device.type)
     asked, on_cuda = ready.config.execution, model.device.type == "cuda"
     packed, why = _choose_packed(model, ready, traits)
     reasons, kernels = [why], ready.mixers
@@ -74,14 +76,6 @@ def _choose_packed(model: Any, ready: Ready, traits: Traits) -> tuple[bool, str]
 
     asked, device = ready.config.execution.packed_steps, model.device.type
     named = ready.config.attention.mixer_backend != "auto"
-    if asked is False and named:
-        raise ConfigError(
-            f"mixer_backend {ready.config.attention.mixer_backend} computes state layers of packed steps, and"
-            " packed_steps is off",
-            option="packed_steps",
-            value=False,
-            expected=True,
-        )
     if asked is False:
         return False, "packed_steps: off, as asked."
     slow = ready.mixers is not None and ready.mixers.name == "reference"
@@ -99,10 +93,11 @@ def _choose_packed(model: Any, ready: Ready, traits: Traits) -> tuple[bool, str]
 
 
 def _refuse_without_packing(asked: ExecutionConfig, why: str) -> None:
-    for option in ("compile_layers", "cuda_graphs", "async_scheduling"):
+    for option in PACKED_ONLY:
         if getattr(asked, option):
             raise ConfigError(
-                f"{option} needs packed steps, and there are none ({why.rstrip('.')}); set packed_steps",
+                f"{switch(option)} needs packed steps, and there are none ({why.rstrip('.')}); add "
+                f"{switch('packed_steps')}",
                 option=option,
                 value=True,
                 expected=False,
@@ -122,7 +117,9 @@ def _choose_compile(asked: ExecutionConfig, expands: str | None, on_cuda: bool) 
     if expands:
         reason = f"{expands} attention wants latents expanded, of every length, which would be compiled anew each time"
         if asked.compile_layers:
-            raise ConfigError(f"compile_layers: {reason}", option="compile_layers", value=True, expected=False)
+            raise ConfigError(
+                f"{switch('compile_layers')}: {reason}", option="compile_layers", value=True, expected=False
+            )
         return False, f"compile_layers: off, since {reason}."
     chosen = on_cuda if asked.compile_layers is None else asked.compile_layers
     return chosen, f"compile_layers: {_on(chosen)}, {_why(asked.compile_layers, 'cuda' if on_cuda else 'the host')}."
@@ -134,7 +131,7 @@ def _choose_graphs(asked: ExecutionConfig, obstacle: str | None) -> tuple[bool, 
     if obstacle is None:
         return True, f"cuda_graphs: on, {_why(asked.cuda_graphs, 'cuda')}."
     if asked.cuda_graphs:
-        raise ConfigError(f"cuda_graphs: {obstacle}", option="cuda_graphs", value=True, expected=False)
+        raise ConfigError(f"{switch('cuda_graphs')}: {obstacle}", option="cuda_graphs", value=True, expected=False)
     return False, f"cuda_graphs: off, since {obstacle}."
 
 

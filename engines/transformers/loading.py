@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -15,6 +15,11 @@ from .families import check_version
 
 OnProgress = Callable[[str, float], None]
 """Called with what is being done and the share that is done, 0 to 1."""
+
+TOKENIZERS: tuple[str, ...] = (
+    "tokenizer.json", "*.model", "*vocab*", "*.tiktoken", "tekken.json", "*.bpe", "byte_maps.json", "*.tokenizer",
+)  # fmt: skip
+"""Files of which any tokenizer needs one; some classes load without, and know no word."""
 
 
 def load_model(
@@ -37,11 +42,13 @@ def load_model(
     report = on_progress or (lambda what, share: None)
     with _quiet():
         report("tokenizer", 0.0)
+        _require_tokenizer(path)
         tokenizer = _guarded(path, "tokenizer", transformers.AutoTokenizer.from_pretrained, path)
         report("weights", 0.1)
         model, info = _guarded(
             path, "weights", transformers.AutoModelForCausalLM.from_pretrained, path,
             dtype=dtype if dtype == "auto" else getattr(torch, dtype), output_loading_info=True,
+            ignore_mismatched_sizes=True,  # what differs is refused below, with both shapes
         )  # fmt: skip
     _check_complete(path, info)
     report("device", 0.8)
@@ -59,12 +66,26 @@ def _guarded(path: Path, what: str, load: Callable[..., Any], *args: Any, **kwar
         raise _refuse(path, f"the {what} in {path} cannot be loaded: {reason}", f"readable {what}") from error
 
 
+def _require_tokenizer(path: Path) -> None:
+    if not any(any(path.glob(pattern)) for pattern in TOKENIZERS):
+        said = f"no tokenizer.json in {path}, nor another tokenizer's file; copy it there from where the weights came"
+        raise _refuse(path, said, "tokenizer.json")
+
+
 def _check_complete(path: Path, info: dict[str, Any]) -> None:
-    for problem, option in (("missing_keys", "lack"), ("mismatched_keys", "have another shape for")):
-        names = sorted(str(key if isinstance(key, str) else key[0]) for key in info.get(problem, ()))
-        if names:
-            more = f" and {len(names) - 3} more" if len(names) > 3 else ""
-            raise _refuse(path, f"the weights in {path} {option} {', '.join(names[:3])}{more}", "all weights")
+    other = [f"{name} {list(has)}, not {list(wanted)}" for name, has, wanted in sorted(info.get("mismatched_keys", ()))]
+    if other:
+        said = f"the weights in {path} have other shapes than its config.json says: {_first(other, '; ')}"
+        raise _refuse(path, f"{said}; use the config.json that these weights came with", "weights of these shapes")
+    lacking = sorted(map(str, info.get("missing_keys", ())))
+    if lacking:
+        said = f"the weights in {path} lack {_first(lacking, ', ')}"
+        raise _refuse(path, f"{said}; copy every file of the checkpoint, and its own config.json", "all weights")
+
+
+def _first(found: Sequence[str], between: str) -> str:
+    """The first three, and how many more there are."""
+    return between.join(found[:3]) + (f" and {len(found) - 3} more" if len(found) > 3 else "")
 
 
 def _refuse(path: Path, message: str, expected: str) -> ModelConfigError:

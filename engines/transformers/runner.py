@@ -10,6 +10,7 @@ import torch
 
 from ...cache.staging import stage
 from ...errors import ConfigError, IntegrityError
+from .advice import without_kernel_advice
 from .attention import CONTEXT, NAME, PACKED_NAME, register
 from .binding import bind
 from .families import Traits
@@ -64,7 +65,8 @@ class ModelRunner:
         step = build_step(self._binding, requests, query_len, self._device)
         cache = PagedCache(self._binding, step)
         self._ledger.begin(requests, step.state_blocks)
-        with torch.no_grad(), self._continued_scan(step, cache):
+        quiet = without_kernel_advice(holds=self._device.type == "cuda")
+        with torch.no_grad(), quiet, self._continued_scan(step, cache):
             logits: torch.Tensor = self._model(**self._inputs(requests, step, cache)).logits
             cache.flush()
         self._ledger.commit(requests, step.state_blocks, [query_len] * len(requests))

@@ -18,8 +18,8 @@ from .scratch import latent_workspace, workspace_of
 
 HALF = frozenset({"bfloat16", "float16"})
 FP8 = frozenset({"fp8_e4m3", "fp8_e5m2"})
-INSTALL = "pip install 'triton>=3.4'"
-LEAST = (3, 4)
+INSTALL = "pip install 'triton>=3.6'"
+LEAST = (3, 6)
 LEAST_CAPABILITY = (8, 0)
 FP8_CAPABILITY = (8, 9)
 HEAD_SIZE_MULTIPLE = 8

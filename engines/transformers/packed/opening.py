@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from contextlib import nullcontext
 from typing import Any
 
@@ -39,4 +40,14 @@ def open_packed(model: Any, ready: Ready, traits: Traits, execution: Execution) 
 
 
 def _compiled(device_type: str) -> CompiledLayers:
-    return CompiledLayers(options=SEVERAL, one_token=ONE_TOKEN) if device_type == "cuda" else CompiledLayers()
+    if device_type != "cuda":
+        return CompiledLayers()
+    return CompiledLayers(options=_known(SEVERAL), one_token=_known(ONE_TOKEN))
+
+
+def _known(options: Mapping[str, Any]) -> dict[str, Any]:
+    """Those that this torch has; 2.8 launches nothing programmatically."""
+    from torch._inductor import list_options
+
+    known = frozenset(list_options())
+    return {name: value for name, value in options.items() if name in known}

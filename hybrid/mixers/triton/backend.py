@@ -36,7 +36,9 @@ class TritonMixerBackend(MixerBackend):
         return frozenset(MIXERS)
 
     def probe(self, device: DeviceFacts) -> Probe:
-        """Triton must be installed; kernels are compiled when a layer first runs."""
+        """A device that Triton compiles for, and Triton installed; kernels are compiled when a layer first runs."""
+        if not self.capabilities(device).dtypes:
+            return Probe(available=False, reason=f"triton has kernels for cuda, xpu, not for {device.device_type}")
         for package in ("torch", "triton"):
             if find_spec(package) is None:
                 return Probe(
