@@ -17,7 +17,7 @@ from makeready.plugins.manager import load_plugins
 from makeready.startup import BUNDLED_MODEL
 
 ROOT = Path(__file__).parent.parent
-PAGES = ("README.md", "docs/engine_guide.md", "docs/planning.md", "docs/cache.md", "docs/flash.md")
+PAGES = ("README.md", *(f"docs/{name}.md" for name in ("engine_guide", "planning", "cache", "flash", "flex", "mixers")))
 
 
 def blocks(page: str, language: str) -> list[str]:
