@@ -294,3 +294,14 @@ def test_a_misspelled_setting_is_told_what_was_meant(wrote, meant):
 def test_a_setting_that_resembles_none_is_told_where_they_are():
     with pytest.raises(ConfigError, match="setting 'xyz' is not known; .*docs/reference/settings.md"):
         mr.plan(NANO, platform="cuda", xyz=2)
+
+
+def test_a_model_that_nothing_serves_gets_each_sentence_once() -> None:
+    odd = {
+        "model_type": "llama", "hidden_size": 256, "num_hidden_layers": 1, "num_attention_heads": 4,
+        "num_key_value_heads": 3, "head_dim": 64, "intermediate_size": 64, "vocab_size": 64, "dtype": "bfloat16",
+    }  # fmt: skip
+    with pytest.raises(BackendError) as caught:
+        mr.plan(odd, platform="cpu")
+    assert caught.value.message.count("no multiple of 3 KV heads") == 1
+    assert caught.value.message.count("no kernels for this device") == 1
