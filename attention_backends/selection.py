@@ -47,7 +47,7 @@ class Selection:
 def refusals(capabilities: Capabilities, request: LayerRequest) -> tuple[str, ...]:
     """What the layer asks that the capabilities do not hold: one sentence each; empty if the backend can serve."""
     if not capabilities.dtypes:
-        return (f"{capabilities.name} has no kernels for this device",)
+        return (_no_kernels(capabilities.name),)
     if capabilities.mla_only and not request.spec.mla:
         return (f"{capabilities.name} serves latent attention (MLA) only, and the layer has heads of K and V",)
     if capabilities.is_ssm:
@@ -140,6 +140,10 @@ def number_ranges(numbers: Iterable[int]) -> str:
     return ", ".join(str(run[0]) if len(run) == 1 else f"{run[0]}-{run[-1]}" for run in runs)
 
 
+def _no_kernels(name: str) -> str:
+    return f"{name} has no kernels for this device"
+
+
 def _dtype_refusals(capabilities: Capabilities, request: LayerRequest) -> list[str]:
     name, stored = capabilities.name, request.spec.dtype
     reasons = []
@@ -214,9 +218,11 @@ def _nothing_fits(
     if asked is not None:
         message = f"backend {asked!r} was asked for, and {refused[0].sentence()}"
     elif refused:
-        message = f"no backend on {device.platform} can serve layer {request.layer}: " + " | ".join(
-            "; ".join(refusal.reasons) for refusal in refused
-        )
+        foreign = [one.backend for one in refused if one.reasons[:1] == (_no_kernels(one.backend),)]
+        said = ["; ".join(one.reasons) for one in refused if one.backend not in foreign]
+        if foreign:
+            said.append(f"{', '.join(foreign)} {'have' if len(foreign) > 1 else 'has'} no kernels for this device")
+        message = f"no backend on {device.platform} can serve layer {request.layer}: {' | '.join(dict.fromkeys(said))}"
     else:
         message = f"no backend is registered on {device.platform} for layer {request.layer}"
     return BackendError(message, option="backend", value=asked, expected=list(known))

@@ -59,7 +59,7 @@ class AnyMultipleOf:
 
     def describe(self) -> str:
         """The rule in words."""
-        return f"a multiple of {_listed(self.sizes)}"
+        return f"a multiple of {_listed(_without_multiples(self.sizes))}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -181,14 +181,15 @@ def check(size: int, constraints: Iterable[Constraint], *, option: str = "block_
     if not sizes:
         raise _conflict(rules, 1, prefix=f"{option} {size} is refused: {said}; no other size works either: ")
     raise BlockSizeError(
-        f"{option} {size} is refused: {said}; {_nearest_words(sizes)}",
+        f"{option} {size} is refused: {said}; {nearest_words(sizes)}",
         option=option,
         value=size,
         expected=sizes,
     )
 
 
-def _nearest_words(sizes: tuple[int, ...]) -> str:
+def nearest_words(sizes: tuple[int, ...]) -> str:
+    """The sizes as a hint: what to ask for instead."""
     if len(sizes) == 1:
         return f"the nearest size that works is {sizes[0]}"
     return f"the nearest sizes that work are {' and '.join(map(str, sizes))}"
@@ -276,5 +277,5 @@ def _numbers(rule: Constraint) -> tuple[int, ...]:
     return (rule.n,)
 
 
-def _listed(sizes: tuple[int, ...]) -> str:
+def _listed(sizes: Iterable[int]) -> str:
     return " or ".join(map(str, sorted(sizes)))

@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import replace
 
 from ..attention_backends.interface import Capabilities
+from ..cache.block_size import nearest_words
 from ..cache.capacity import useful_blocks
 from ..cache.specs import AttentionSpec, dtype_bytes, is_plain
 from ..config import EngineConfig
@@ -58,7 +59,7 @@ def choose_strategy(
             chosen, f"page strategy: unified, the one that engine vllm has; it {_against(chosen, subdivided)}."
         )
     if isinstance(subdivided, str):
-        chosen = _last_hope(planners["unified"], subdivided) if isinstance(unified, str) else unified
+        chosen = _last_hope(planners, subdivided) if isinstance(unified, str) else unified
         return _said(chosen, f"page strategy: unified; it {_against(chosen, subdivided)}.")
     if isinstance(unified, str):
         return _said(subdivided, f"page strategy: subdivided; it {_against(subdivided, unified)}.")
@@ -100,10 +101,10 @@ def _attempt(planner: Callable[[], StrategyPlan]) -> StrategyPlan | str:
         return error.message
 
 
-def _last_hope(planner: Callable[[], StrategyPlan], other: str) -> StrategyPlan:
-    """The plan of the one strategy that is left; its error names both, since each would send the user to the other."""
+def _last_hope(planners: Mapping[str, Callable[[], StrategyPlan]], other: str) -> StrategyPlan:
+    """The unified plan, the one that is left; its error names both, since each would send the user to the other."""
     try:
-        return planner()
+        return planners["unified"]()
     except CapacityError as error:
         raise CapacityError(
             f"no page strategy suits: {error.message}; and {other}",
@@ -111,6 +112,27 @@ def _last_hope(planner: Callable[[], StrategyPlan], other: str) -> StrategyPlan:
             value="auto",
             expected="one KV dtype, or layers that fill blocks",
         ) from None
+    except BlockSizeError as error:
+        raise _nearest_of_both(error, planners["subdivided"]) from None
+
+
+def _nearest_of_both(unified: BlockSizeError, subdivided: Callable[[], StrategyPlan]) -> BlockSizeError:
+    """The refusal of the user's size, with the nearest sizes that work with either strategy."""
+    try:
+        subdivided()
+    except BlockSizeError as error:
+        size, hints = error.value, (error.expected, unified.expected)
+        sizes = [n for hint in hints if isinstance(hint, tuple) for n in hint]
+        if error.option == unified.option == "block_size" and isinstance(size, int) and sizes:
+            below, above = [n for n in sizes if n < size], [n for n in sizes if n > size]
+            nearest = (*([max(below)] if below else ()), *([min(above)] if above else ()))
+            said = error.message.rpartition("; ")[0]
+            return BlockSizeError(
+                f"{said}; {nearest_words(nearest)}", option="block_size", value=size, expected=nearest
+            )
+    except CapacityError:
+        pass
+    return unified
 
 
 def _against(found: StrategyPlan, other: StrategyPlan | str) -> str:

@@ -129,3 +129,8 @@ def test_something_else_than_a_constraint_is_refused() -> None:
 def test_a_vendor_s_mistyped_constraint_is_named(rule):
     with pytest.raises(BlockSizeError, match="vendor declares .* whole numbers above zero, and sizes in a tuple"):
         solve([rule])
+
+
+def test_sizes_that_others_imply_are_not_listed() -> None:
+    assert AnyMultipleOf((16, 32, 64, 128), owner="a").describe() == "a multiple of 16"
+    assert AnyMultipleOf((32, 16, 24), owner="a").describe() == "a multiple of 16 or 24"

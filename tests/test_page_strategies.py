@@ -214,3 +214,13 @@ def test_the_random_check_sees_faults(monkeypatch):
 
     monkeypatch.setattr(module, "plan_case", wrong)
     assert check(20, 20)[1]
+
+
+@pytest.mark.parametrize(("size", "nearest"), [(100, (96, 112)), (7, (16,))])
+def test_a_refused_size_gets_the_nearest_that_auto_takes(size, nearest):
+    with pytest.raises(BlockSizeError, match="any needs a multiple of 16; the nearest size") as caught:
+        planned(block_size=size)
+    assert caught.value.expected == nearest
+    assert all(planned(block_size=works).strategy.name == "subdivided" for works in nearest)
+    with pytest.raises(BlockSizeError, match="state needs at least"):
+        planned(block_size=size, page_strategy="unified")
