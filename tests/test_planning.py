@@ -296,7 +296,6 @@ def test_a_setting_that_resembles_none_is_told_where_they_are():
         mr.plan(NANO, platform="cuda", xyz=2)
 
 
-<<<<<<< HEAD
 @pytest.mark.parametrize(
     ("options", "message"),
     [
@@ -313,7 +312,8 @@ def test_memory_that_is_said_twice_and_differs_is_refused(options, message):
 
 def test_blocks_that_fit_into_the_memory_beside_them_are_planned():
     assert planned("Qwen/Qwen3-8B", num_blocks=100, memory_bytes=1 << 30, max_model_len=64).capacity.num_blocks == 100
-=======
+
+
 def test_a_model_that_nothing_serves_gets_each_sentence_once() -> None:
     odd = {
         "model_type": "llama", "hidden_size": 256, "num_hidden_layers": 1, "num_attention_heads": 4,
@@ -323,4 +323,3 @@ def test_a_model_that_nothing_serves_gets_each_sentence_once() -> None:
         mr.plan(odd, platform="cpu")
     assert caught.value.message.count("no multiple of 3 KV heads") == 1
     assert caught.value.message.count("no kernels for this device") == 1
->>>>>>> 36d02f3e3c4f5b68be7a97d7fa2298d8eb6a127e
